@@ -1,0 +1,113 @@
+"""Argument checks. Each message reads ``<argument>: expected <what>, got <what>; <what to do>``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+
+def wrong(argument: str, expected: str, got: object, remedy: str = "") -> str:
+    """Compose the one message form used for every bad argument."""
+    return f"{argument}: expected {expected}, got {got}" + (f"; {remedy}" if remedy else "")
+
+
+def describe(value: object) -> str:
+    """Say what a value is, for the ``got`` part of a message."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype} array of shape {tuple(value.shape)}"  # type: ignore[attr-defined]
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_number(
+    argument: str, value: object, *, above: float | None = None, at_least: float | None = None
+) -> float:
+    """Return ``value`` as a float after checking that it is a finite real number in range."""
+    expected = "a number"
+    if above is not None:
+        expected = f"a number > {above:g}"
+    elif at_least is not None:
+        expected = f"a number >= {at_least:g}"
+    if isinstance(value, Tensor):
+        raise TypeError(wrong(argument, expected, describe(value), f"pass float({argument})"))
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(wrong(argument, expected, describe(value)))
+    number = float(value)
+    too_low = (above is not None and not number > above) or (
+        at_least is not None and not number >= at_least
+    )
+    if not math.isfinite(number) or too_low:
+        raise ValueError(wrong(argument, expected, f"{value!r}"))
+    return number
+
+
+def check_count(argument: str, value: object, *, at_least: int) -> int:
+    """Return ``value`` after checking that it is an integer no smaller than ``at_least``."""
+    expected = f"an integer >= {at_least}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(wrong(argument, expected, describe(value)))
+    if value < at_least:
+        raise ValueError(wrong(argument, expected, f"{value}"))
+    return value
+
+
+def check_choice(argument: str, value: object, choices: Collection[str]) -> None:
+    """Check that ``value`` is one of a few names."""
+    if value not in choices:
+        names = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(wrong(argument, f"one of {names}", repr(value)))
+
+
+def check_floating(argument: str, value: object, *, shape: str, ndim: int | None = None) -> Tensor:
+    """Check for a floating-point tensor; ``shape`` is how the message writes the shape.
+
+    Without ``ndim`` any tensor of at least one dimension passes.
+    """
+    expected = f"a floating-point tensor of shape {shape}"
+    if not isinstance(value, Tensor):
+        raise TypeError(wrong(argument, expected, describe(value)))
+    if not value.is_floating_point():
+        raise TypeError(wrong(argument, expected, describe(value)))
+    if value.ndim == 0 or (ndim is not None and value.ndim != ndim):
+        raise ValueError(wrong(argument, expected, describe(value)))
+    return value
+
+
+def check_same_shape(argument: str, value: Tensor, other: str, reference: Tensor) -> None:
+    """Check that two tensors agree in shape and device."""
+    if value.shape != reference.shape:
+        raise ValueError(
+            wrong(argument, f"the shape of {other}, {tuple(reference.shape)}", tuple(value.shape))
+        )
+    if value.device != reference.device:
+        raise ValueError(
+            wrong(argument, f"the device of {other}, {reference.device}", value.device)
+        )
+
+
+def check_target(target: object, batch: int, n_classes: int, device: torch.device) -> Tensor:
+    """Check class indices of shape ``(batch,)``.
+
+    The range is checked on the CPU only: on an accelerator the look would stall the device, and
+    PyTorch's own index check reports the fault there.
+    """
+    expected = f"int64 class indices of shape ({batch},)"
+    if not isinstance(target, Tensor):
+        raise TypeError(wrong("target", expected, describe(target)))
+    if target.dtype != torch.int64:
+        raise TypeError(wrong("target", expected, describe(target), "call target.long()"))
+    if target.shape != (batch,):
+        raise ValueError(wrong("target", expected, describe(target)))
+    if target.device != device:
+        raise ValueError(wrong("target", f"a tensor on {device}", f"one on {target.device}"))
+    if target.device.type == "cpu" and batch > 0:
+        lowest, highest = (int(bound) for bound in torch.aminmax(target))
+        if lowest < 0 or highest >= n_classes:
+            outside = lowest if lowest < 0 else highest
+            raise ValueError(wrong("target", f"class indices in [0, {n_classes - 1}]", outside))
+    return target

@@ -1,0 +1,526 @@
+"""Projected gradient descent: repeat a steepest step and a projection, keep the point asked for.
+
+The file reads from the bottom up: `pgd` and `PGD` are the loop, `_Model` is the model as the loop
+sees it, `_better` is the rule that picks one iterate per sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from calibclip._checks import (
+    check_choice,
+    check_count,
+    check_floating,
+    check_number,
+    check_target,
+    describe,
+    wrong,
+)
+from calibclip.attacks.objectives import Objective, at_least_float32, resolve_objective
+from calibclip.attacks.threat import NORMS, FeasibleSet, per_sample, sample_keys, stream_seed
+
+SELECTIONS = ("worst", "last", "first_success")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AttackResult:
+    """What an attack found, one entry per sample.
+
+    Attributes:
+        images: Adversarial images: shape, dtype and device of the clean ones. No graph attached.
+        success: Whether the returned image is misclassified (targeted: classified as the target),
+            shape ``(B,)``, bool. An image whose loss is NaN is no success.
+        loss: Objective at the returned image, shape ``(B,)``, float32 or float64; larger is
+            better for the attack, in targeted mode too.
+        steps_to_success: Steps until the first successful iterate, shape ``(B,)``, int64: 0 if
+            the start was one, -1 if there was none. With restarts: of the first that succeeded.
+        n_forward: Forward passes run on the batch.
+        n_backward: Backward passes run on the batch.
+    """
+
+    images: Tensor
+    success: Tensor
+    loss: Tensor
+    steps_to_success: Tensor
+    n_forward: int
+    n_backward: int
+
+    def __repr__(self) -> str:
+        batch = len(self.success)
+        fooled = 100 * int(self.success.sum()) / max(batch, 1)
+        return (
+            f"AttackResult({batch} images, {fooled:.1f} % fooled, "
+            f"{self.n_forward} forward, {self.n_backward} backward)"
+        )
+
+
+class _Iterate(NamedTuple):
+    """Points that the model has judged. ``rank`` is the loss as selection sees it."""
+
+    images: Tensor
+    loss: Tensor
+    fooled: Tensor
+    rank: Tensor
+
+    def detach(self) -> _Iterate:
+        return self._replace(images=self.images.detach(), loss=self.loss.detach())
+
+
+def _better(challenger: _Iterate, incumbent: _Iterate, select: str) -> Tensor:
+    """Say for which samples the challenger replaces the incumbent.
+
+    A success beats a failure; among equals the higher rank wins, except that "first_success"
+    keeps the success it has.
+    """
+    gained = challenger.fooled & ~incumbent.fooled
+    stronger = (challenger.fooled == incumbent.fooled) & (challenger.rank > incumbent.rank)
+    if select == "first_success":
+        stronger &= ~incumbent.fooled
+    return gained | stronger
+
+
+def _merge(challenger: _Iterate, incumbent: _Iterate | None, select: str) -> _Iterate:
+    if incumbent is None:
+        return challenger
+    better = _better(challenger, incumbent, select)
+    return _Iterate(
+        *(
+            torch.where(per_sample(better, new), new, old)
+            for new, old in zip(challenger, incumbent, strict=True)
+        )
+    )
+
+
+@contextmanager
+def _undisturbed(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Open a context in which gradients flow to the images, and leave the model as it was.
+
+    A module is put in eval mode and its parameters are frozen, so that autograd neither computes
+    nor stores anything for them. Flags are set one by one, not through ``train()``, which a module
+    may override.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    training = [module.training for module in modules]
+    trainable = [parameter.requires_grad for parameter in parameters]
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            for module in modules:
+                module.training = False
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for module, flag in zip(modules, training, strict=True):
+                module.training = flag
+            for parameter, flag in zip(parameters, trainable, strict=True):
+                parameter.requires_grad_(flag)
+
+
+class _Model:
+    """The attacked model: judges points, differentiates the objective, counts passes."""
+
+    def __init__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        target: Tensor,
+        objective: Objective,
+        targeted: bool,
+    ) -> None:
+        self.model, self.target = model, target
+        self.objective, self.targeted = objective, targeted
+        self.n_forward = self.n_backward = 0
+
+    def judge(self, points: Tensor, *, clean: bool = False) -> _Iterate:
+        """Run the model; with gradients enabled, the loss carries the graph back to ``images``."""
+        points = points.detach().requires_grad_(torch.is_grad_enabled())
+        logits = self._check_logits(self.model(points), len(points))
+        if self.n_forward == 0:
+            # The first moment at which the number of classes is known.
+            self.target = check_target(self.target, *logits.shape, device=logits.device).clone()
+        self.n_forward += 1
+        loss = self._check_loss(self.objective(logits, self.target))
+        hit = logits.argmax(dim=1) == self.target
+        if self.targeted:
+            loss = -loss
+        # A model that breaks down is no adversarial example: NaN is no success and ranks last.
+        # The clean image ranks last too, since a report on attacked images must not contain it.
+        broken = loss.isnan()
+        fooled = (hit if self.targeted else ~hit) & ~broken
+        rank = loss.detach().masked_fill(broken, -torch.inf)
+        if clean:
+            rank = torch.full_like(rank, -torch.inf)
+        return _Iterate(points, loss, fooled, rank)
+
+    def gradient(self, iterate: _Iterate) -> Tensor:
+        """Differentiate; the sum over the batch gives each sample its own gradient."""
+        gradient = None
+        if iterate.loss.requires_grad:
+            total = iterate.loss.sum()
+            (gradient,) = torch.autograd.grad(total, iterate.images, allow_unused=True)
+        if gradient is None:
+            raise ValueError(
+                wrong(
+                    "model",
+                    "logits that depend on the images through autograd",
+                    "logits without a gradient",
+                    "remove no_grad, detach or argmax from the model",
+                )
+            )
+        self.n_backward += 1
+        return gradient
+
+    def _check_logits(self, logits: object, batch: int) -> Tensor:
+        expected = f"logits of shape (B, K) with B = {batch}"
+        if not isinstance(logits, Tensor):
+            # The name of the type alone: a tuple of feature maps would print all of them.
+            got = type(logits).__name__
+            raise TypeError(wrong("model", expected, got, "return the logits only"))
+        if not logits.is_floating_point():
+            raise TypeError(wrong("model", expected, describe(logits)))
+        if logits.ndim != 2 or len(logits) != batch:
+            raise ValueError(wrong("model", expected, describe(logits)))
+        return at_least_float32(logits)
+
+    def _check_loss(self, loss: object) -> Tensor:
+        expected = f"a tensor of shape {tuple(self.target.shape)}"
+        if not isinstance(loss, Tensor):
+            raise TypeError(wrong("objective", expected, describe(loss)))
+        if loss.shape != self.target.shape:
+            raise ValueError(
+                wrong("objective", expected, describe(loss), "return one value per sample")
+            )
+        return loss
+
+
+def _check_images(images: object, bounds: tuple[float, float]) -> Tensor:
+    """Return a private copy of the clean images after the one look at their values."""
+    expected = "a floating-point tensor of shape (B, ...)"
+    if isinstance(images, Tensor) and not images.is_floating_point():
+        raise TypeError(wrong("images", expected, describe(images), "convert to float in [0, 1]"))
+    images = check_floating("images", images, shape="(B, ...)")
+    if images.ndim < 2:
+        raise ValueError(wrong("images", expected, describe(images), "add a batch dimension"))
+    # The clone is also what lets tensors made in inference mode take part in autograd.
+    images = images.detach().clone()
+    # Written with clamp, so that the bounds are rounded to the dtype as the attack rounds them.
+    if not bool((images == images.clamp(*bounds)).all()):
+        lowest, highest = (float(extreme) for extreme in torch.aminmax(images))
+        raise ValueError(
+            wrong(
+                "images",
+                f"values in [{bounds[0]:g}, {bounds[1]:g}]",
+                f"values in [{lowest:g}, {highest:g}]",
+                "attack images before normalisation, and normalise inside the model",
+            )
+        )
+    return images
+
+
+def _nothing_to_attack(images: Tensor) -> AttackResult:
+    """Return the result for an empty batch, which no model needs to see."""
+    loss = at_least_float32(images.new_empty(0))
+    return AttackResult(
+        images=images,
+        success=loss > 0,
+        loss=loss,
+        steps_to_success=loss.long(),
+        n_forward=0,
+        n_backward=0,
+    )
+
+
+def _draw_seed(generator: torch.Generator | None, seed: int) -> int:
+    if generator is None:
+        return seed
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(wrong("generator", "a torch.Generator or None", describe(generator)))
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+
+
+@dataclass(frozen=True)
+class PGD:
+    r"""Projected gradient descent, the standard white-box attack.
+
+    From a start in the ball around the clean image ``x``, repeat ``steps`` times
+
+    .. math:: x_{k+1} = P(x_k + s \, d(\nabla_{x_k} f(z(x_k), y)))
+
+    with ``f`` the objective to maximise, ``z`` the model, ``d`` the steepest direction in the
+    norm (``sign(g)`` or ``g / ||g||_2``) and ``P`` the projection on ball and box. It runs
+    ``steps`` backward and ``steps + 1`` forward passes per restart. The result is within ``eps``
+    and ``bounds`` exactly, not just up to float32 rounding.
+
+    **Which image is returned**, per sample (it decides calibration numbers on the result):
+
+    - ``"worst"``: the misclassified iterate of highest loss; if none, the iterate of highest loss.
+    - ``"first_success"``: the first misclassified iterate, just across the decision boundary; if
+      none, the iterate of highest loss.
+    - ``"last"``: the last iterate, even if an earlier one was misclassified.
+
+    The start is an iterate. The clean image (the start without ``random_start``) is returned only
+    if it is the sole misclassified iterate or ``steps`` is 0. A success found by any restart is
+    kept.
+
+    **Randomness.** The start of a sample depends on ``seed``, on its own pixels and on the restart
+    only: not on the rest of the batch nor on the global random state. The same image therefore
+    gets the same start in every call. For training pass a ``generator``: each call then draws its
+    seed from it.
+
+    **The model** is any callable from images ``(B, ...)`` to logits ``(B, K)``. An ``nn.Module``
+    runs in eval mode with frozen parameters and is restored afterwards, also after an error. A
+    plain function runs as it is: it accumulates no ``.grad``, but batch norm left in train mode
+    inside it would update its statistics.
+
+    Args:
+        eps: Radius of the ball, >= 0, in the units of the images.
+        steps: Gradient steps, >= 0. With 0 the projected start is evaluated.
+        step_size: Length of a step, > 0; None means ``eps / 4``.
+        norm: ``"linf"`` or ``"l2"``.
+        objective: ``"ce"``, ``"margin"``, or any callable ``(logits, target) -> (B,)``.
+        random_start: Start at a uniform draw from the ball instead of the clean image.
+        restarts: Independent runs, >= 1; the best image per sample is kept.
+        bounds: Lowest and highest pixel value, rounded to the dtype of the images.
+        select: ``"worst"``, ``"last"`` or ``"first_success"``, see above.
+        stop_when_fooled: Freeze a sample at its first success, and end when all have one. For
+            evaluation: it costs one wait for the device per step.
+        targeted: Move towards ``target`` instead of away from it: minimise the objective.
+        seed: Seed of the starts, >= 0, unless a generator is passed.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of range.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+        >>> attack = PGD(eps=0.1, steps=8, objective="margin")
+        >>> result = attack(lambda x: x @ weight, torch.tensor([[0.5, 0.4]]), torch.tensor([1]))
+        >>> result
+        AttackResult(1 images, 100.0 % fooled, 9 forward, 8 backward)
+        >>> result.images
+        tensor([[0.4000, 0.5000]])
+
+    References:
+        Madry et al. (2018), Towards deep learning models resistant to adversarial attacks,
+        section 2.1, https://arxiv.org/abs/1706.06083
+    """
+
+    eps: float
+    steps: int = 10
+    step_size: float | None = None
+    norm: str = "linf"
+    objective: str | Objective = "ce"
+    random_start: bool = True
+    restarts: int = 1
+    bounds: tuple[float, float] = (0.0, 1.0)
+    select: str = "worst"
+    stop_when_fooled: bool = False
+    targeted: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # NumPy scalars become floats: they would take over the arithmetic with tensors.
+        object.__setattr__(self, "eps", check_number("eps", self.eps, at_least=0))
+        check_count("steps", self.steps, at_least=0)
+        if self.step_size is not None:
+            step_size = check_number("step_size", self.step_size, above=0)
+            object.__setattr__(self, "step_size", step_size)
+        check_choice("norm", self.norm, NORMS)
+        resolve_objective(self.objective)
+        check_count("restarts", self.restarts, at_least=1)
+        if not isinstance(self.bounds, tuple) or len(self.bounds) != 2:
+            raise TypeError(wrong("bounds", "a tuple (low, high)", describe(self.bounds)))
+        low, high = (check_number("bounds", bound) for bound in self.bounds)
+        if not low < high:
+            raise ValueError(wrong("bounds", "(low, high) with low < high", (low, high)))
+        object.__setattr__(self, "bounds", (low, high))
+        check_choice("select", self.select, SELECTIONS)
+        check_count("seed", self.seed, at_least=0)
+
+    def __call__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        images: Tensor,
+        target: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> AttackResult:
+        """Attack a batch.
+
+        Args:
+            model: Callable from images to logits ``(B, K)``.
+            images: Clean images, shape ``(B, ...)``, floating, inside ``bounds``. Not modified.
+            target: Shape ``(B,)``, int64: true classes, or with ``targeted`` the wanted ones.
+            generator: Source of this call's seed; it advances, so that calls differ.
+
+        Returns:
+            The chosen images with their success and loss, and the number of passes.
+
+        Raises:
+            TypeError: An argument, or what the model returned, has the wrong type.
+            ValueError: Images outside ``bounds``, classes out of range, a wrong shape, or logits
+                that do not depend on the images.
+        """
+        with _undisturbed(model):
+            attacked, feasible, starts = self._begin(model, images, target, generator)
+            clean = feasible.images
+            if len(clean) == 0:
+                check_target(target, 0, 1, clean.device)
+                return _nothing_to_attack(clean)
+            best = None
+            steps_to_success = torch.full((len(clean),), -1, device=clean.device)
+            for points in starts:
+                if best is not None and self.stop_when_fooled:
+                    if bool(best.fooled.all()):
+                        break
+                    points = torch.where(per_sample(best.fooled, points), best.images, points)
+                for step in range(self.steps + 1):
+                    last = step == self.steps
+                    with torch.set_grad_enabled(not last):
+                        iterate = attacked.judge(points, clean=step == 0 and not self.random_start)
+                    first = iterate.fooled & (steps_to_success < 0)
+                    steps_to_success = steps_to_success.masked_fill(first, step)
+                    last = last or (self.stop_when_fooled and bool(iterate.fooled.all()))
+                    if last or self.select != "last":
+                        best = _merge(iterate.detach(), best, self.select)
+                    if last:
+                        break
+                    points = self._advance(attacked, feasible, iterate)
+            assert best is not None  # restarts >= 1, and the last iterate is always merged
+            return AttackResult(
+                images=best.images,
+                success=best.fooled,
+                loss=best.loss,
+                steps_to_success=steps_to_success,
+                n_forward=attacked.n_forward,
+                n_backward=attacked.n_backward,
+            )
+
+    def _begin(
+        self,
+        model: Callable[[Tensor], Tensor],
+        images: Tensor,
+        target: Tensor,
+        generator: torch.Generator | None,
+    ) -> tuple[_Model, FeasibleSet, Iterator[Tensor]]:
+        """Check the arguments; return the model, the feasible set and the starts to come."""
+        if not callable(model):
+            raise TypeError(wrong("model", "a callable from images to logits", describe(model)))
+        clean = _check_images(images, self.bounds)
+        seed = _draw_seed(generator, self.seed)
+        attacked = _Model(model, target, resolve_objective(self.objective), self.targeted)
+        feasible = FeasibleSet(clean, self.eps, self.norm, self.bounds)
+        return attacked, feasible, self._starts(feasible, seed)
+
+    def _starts(self, feasible: FeasibleSet, seed: int) -> Iterator[Tensor]:
+        """Yield the starting points of one restart after the other."""
+        if not self.random_start:
+            yield from [feasible.images] * self.restarts
+            return
+        keys = sample_keys(feasible.images)
+        for restart in range(self.restarts):
+            yield feasible.random_points([stream_seed(seed, key, restart) for key in keys])
+
+    def _advance(self, attacked: _Model, feasible: FeasibleSet, iterate: _Iterate) -> Tensor:
+        """Return the next points."""
+        step_size = self.eps / 4 if self.step_size is None else self.step_size
+        gradient = attacked.gradient(iterate)
+        points = iterate.images.detach()
+        moved = feasible.ascend(points, gradient, step_size)
+        if self.stop_when_fooled:
+            return torch.where(per_sample(iterate.fooled, points), points, moved)
+        return moved
+
+
+def pgd(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    target: Tensor,
+    eps: float = 1 / 255,
+    step_size: float | None = 1 / 255,
+    steps: int = 2,
+    norm: str = "linf",
+    generator: torch.Generator | None = None,
+    *,
+    objective: str | Objective = "ce",
+    random_start: bool = True,
+    restarts: int = 1,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    select: str = "last",
+    stop_when_fooled: bool = False,
+    targeted: bool = False,
+    seed: int = 0,
+) -> Tensor:
+    """Return adversarial images; `PGD` as a function, with the defaults of adversarial training.
+
+    With ``select="last"`` and one restart nothing is tracked and the last iterate is not
+    evaluated: ``steps`` forward and ``steps`` backward passes, and no wait for the device once the
+    images have been checked and the start is drawn.
+
+    In a training loop pass a ``generator``. Without one an image that comes back unchanged in the
+    next epoch gets the same start again.
+
+    Args:
+        model: Callable from images to logits ``(B, K)``, see `PGD`.
+        images: Clean images, shape ``(B, ...)``, floating, inside ``bounds``. Not modified.
+        target: Shape ``(B,)``, int64: true classes, or with ``targeted`` the wanted ones.
+        eps: Radius of the ball, in the units of the images.
+        step_size: Length of a step; None means ``eps / 4``.
+        steps: Gradient steps.
+        norm: ``"linf"`` or ``"l2"``.
+        generator: Source of this call's seed; it advances, so that calls differ.
+        objective: See `PGD`, like the options below.
+        random_start: Start at a uniform draw from the ball instead of the clean image.
+        restarts: Independent runs; the best image per sample is kept.
+        bounds: Lowest and highest pixel value.
+        select: Which image is returned.
+        stop_when_fooled: Freeze a sample at its first success.
+        targeted: Move towards ``target``.
+        seed: Seed of the starts unless a generator is passed.
+
+    Returns:
+        Images like the clean ones in shape, dtype and device, without a graph.
+
+    Raises:
+        TypeError: As for `PGD`.
+        ValueError: As for `PGD`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+        >>> images, target = torch.rand(4, 3, 2, 2), torch.arange(4)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> images_adv = pgd(model, images, target, eps=1 / 255, generator=generator)
+        >>> bool((images_adv.double() - images.double()).abs().max() <= 1 / 255)
+        True
+    """
+    attack = PGD(
+        eps=eps,
+        steps=steps,
+        step_size=step_size,
+        norm=norm,
+        objective=objective,
+        random_start=random_start,
+        restarts=restarts,
+        bounds=bounds,
+        select=select,
+        stop_when_fooled=stop_when_fooled,
+        targeted=targeted,
+        seed=seed,
+    )
+    if select != "last" or restarts > 1:
+        return attack(model, images, target, generator=generator).images
+    with _undisturbed(model):
+        attacked, feasible, starts = attack._begin(model, images, target, generator)
+        if len(feasible.images) == 0:
+            return feasible.images
+        points = next(starts)
+        for _ in range(steps):
+            points = attack._advance(attacked, feasible, attacked.judge(points))
+        return points

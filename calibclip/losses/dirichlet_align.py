@@ -1,0 +1,302 @@
+r"""Cross-entropy plus a Dirichlet KL to the frozen model's clean prediction (Lu et al., 2025)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from calibclip._checks import (
+    check_choice,
+    check_floating,
+    check_number,
+    check_same_shape,
+    check_target,
+    wrong,
+)
+from calibclip._kernels import dirichlet_kl_parts, scalar_dtype
+from calibclip.dirichlet import Implementation, Reduction, reduce
+
+Direction = Literal["reverse", "forward"]
+
+
+class AlignTerms(NamedTuple):
+    r"""What ``DirichletAlignLoss`` is made of, each reduced like the loss.
+
+    ``total = cross_entropy + lambda * kl`` and ``kl = shape + evidence``. The KL terms are float64
+    where the device has it, since :math:`\alpha_0` reaches :math:`e^{130}` at T = 0.01.
+    ``effective_weight``, :math:`\lambda` times the batch mean of :math:`\alpha_0(\mathrm{ref})`, is
+    what to compare between models: it multiplies a categorical KL of ordinary size.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    kl: Tensor
+    shape: Tensor
+    evidence: Tensor
+    effective_weight: Tensor
+
+
+def paper_log_weight(temperature: float) -> float:
+    r"""Return the logarithm of the paper's :math:`\lambda = 10^5 / (1 + e^{2/T})`."""
+    return math.log(1e5) - 2 / temperature - math.log1p(math.exp(-2 / temperature))
+
+
+def dirichlet_align_terms(
+    logits_adv: Tensor,
+    logits_ref: Tensor,
+    target: Tensor | None = None,
+    *,
+    logit_scale: float = 100.0,
+    temperature: float = 0.07,
+    weight: float | None = None,
+    relative_weight: float | None = None,
+    direction: Direction = "reverse",
+    detach_ref: bool = True,
+    reduction: Reduction = "mean",
+    impl: Implementation = "auto",
+) -> AlignTerms:
+    r"""Compute the terms of ``dirichlet_align_loss``, with the same arguments.
+
+    Of the KL's two parts, *shape* is :math:`\beta_0\,\mathrm{KL}(q \,\|\, p)` and *evidence* the
+    rest, with p, q the means and :math:`\beta_0` the total concentration of the second argument
+    (the reference for ``"reverse"``). At the paper's settings the evidence part is about
+    :math:`10^{-8}` of the whole: the loss shapes predictions and hardly trains evidence.
+
+    Returns:
+        ``AlignTerms``; ``total`` carries the gradient of the loss. Without a target, the
+        cross-entropy is 0. Below T of about 0.015 the evidence is too small for float32 next to
+        the shape and reads 0.
+
+    Example:
+        >>> adv, ref = torch.tensor([[25.0, 24.0, 15.0]]), torch.tensor([[26.0, 22.0, 15.0]])
+        >>> terms = dirichlet_align_terms(adv, ref, torch.tensor([0]))
+        >>> torch.testing.assert_close(terms.kl, terms.shape + terms.evidence)
+        >>> print(f"{terms.evidence / terms.kl:.0e}")
+        1e-08
+    """
+    check_floating("logits_adv", logits_adv, shape="(B, C)", ndim=2)
+    check_floating("logits_ref", logits_ref, shape="(B, C)", ndim=2)
+    check_same_shape("logits_ref", logits_ref, "logits_adv", logits_adv)
+    if target is not None:
+        batch, n_classes = logits_adv.shape
+        check_target(target, batch, n_classes, logits_adv.device)
+    logit_scale = check_number("logit_scale", logit_scale, above=0)
+    temperature = check_number("temperature", temperature, above=0)
+    _check_weights(weight, relative_weight)
+    check_choice("direction", direction, ("reverse", "forward"))
+    check_choice("reduction", reduction, ("none", "mean", "sum"))
+    if detach_ref:
+        logits_ref = logits_ref.detach()
+
+    # KL / mean alpha_0(ref) has ordinary size whatever T, C and the model's cosines are, while alpha_0
+    # itself may not fit float32; so that ratio is what the kernel computes.
+    log_mean_strength = _log_mean_strength(logits_ref.detach(), logit_scale, temperature)
+    log_effective_weight = log_mean_strength.clone()
+    if relative_weight is not None:
+        log_effective_weight.fill_(_log(relative_weight))
+    else:
+        log_effective_weight += paper_log_weight(temperature) if weight is None else _log(weight)
+    pair = (logits_adv, logits_ref) if direction == "reverse" else (logits_ref, logits_adv)
+    shape, evidence = dirichlet_kl_parts(
+        *pair,
+        scale=1 / (logit_scale * temperature),
+        shift=1 / temperature,
+        log_weight=-log_mean_strength,
+        impl=impl,
+    )
+    effective_weight = log_effective_weight.exp()
+    aligned = (shape + evidence) * effective_weight.to(shape.dtype)
+    if target is None:
+        cross_entropy = torch.zeros_like(aligned)
+    else:
+        logits = logits_adv.to(torch.promote_types(logits_adv.dtype, torch.float32))
+        cross_entropy = nn.functional.cross_entropy(logits, target, reduction="none")
+    mean_strength = log_mean_strength.exp()
+    shape, evidence = shape * mean_strength, evidence * mean_strength
+    return AlignTerms(
+        total=reduce(cross_entropy + aligned, reduction),
+        cross_entropy=reduce(cross_entropy, reduction),
+        kl=reduce(shape + evidence, reduction),
+        shape=reduce(shape, reduction),
+        evidence=reduce(evidence, reduction),
+        effective_weight=effective_weight,
+    )
+
+
+def dirichlet_align_loss(
+    logits_adv: Tensor,
+    logits_ref: Tensor,
+    target: Tensor | None = None,
+    *,
+    logit_scale: float = 100.0,
+    temperature: float = 0.07,
+    weight: float | None = None,
+    relative_weight: float | None = None,
+    direction: Direction = "reverse",
+    detach_ref: bool = True,
+    reduction: Reduction = "mean",
+    impl: Implementation = "auto",
+) -> Tensor:
+    r"""The paper's objective: cross-entropy, and calibration of the adversarial Dirichlet.
+
+    .. math::
+        \mathcal{L} = \mathrm{CE}(z_{\mathrm{adv}}, y)
+            + \lambda\, \mathrm{KL}\big(\mathrm{Dir}(\alpha_{\mathrm{adv}}) \,\|\,
+                                        \mathrm{Dir}(\alpha_{\mathrm{ref}})\big),
+        \qquad \ln\alpha = (z/s + 1)/T
+
+    The reference is the frozen original model's prediction on the *clean* image. At the paper's T
+    the KL equals :math:`\alpha_0(\mathrm{ref})` times a categorical KL to eight digits, so
+    :math:`\lambda` means :math:`\lambda\,\alpha_0(\mathrm{ref})`: about 170 for OpenAI's CLIP and 200
+    classes, and orders of magnitude more or less for another range of cosines, T or C.
+    ``relative_weight`` divides that factor out: 170 then means the same everywhere.
+
+    Args:
+        logits_adv: Trained model on the attacked image, shape ``(B, C)``, scaled by ``logit_scale``.
+        logits_ref: Frozen original model on the clean image, the same shape and scale.
+        target: Class indices, shape ``(B,)``, int64. ``None``: the KL part alone.
+        logit_scale: s > 0, multiplicative: ``logits = s * cosine``. OpenAI's CLIP has 100.
+        temperature: T > 0.
+        weight: :math:`\lambda \ge 0`; ``None`` is the paper's :math:`10^5/(1 + e^{2/T})`.
+        relative_weight: w >= 0 in :math:`w\,\mathrm{KL} / \overline{\alpha_0(\mathrm{ref})}`, the mean
+            being over the batch and detached. Excludes ``weight``.
+        direction: ``"reverse"`` is KL(adv || ref), as in the paper; ``"forward"`` is
+            KL(ref || adv), which the paper's ablation finds worse.
+        detach_ref: Whether gradients stop at ``logits_ref``.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"`` over the batch.
+        impl: As for ``dirichlet_kl``.
+
+    Returns:
+        0-d, or ``(B,)`` for ``"none"``; float32 (float64 for float64 input). float16 and bfloat16
+        logits are upcast before the affine map, also under autocast; but rounding them has already
+        cost them their digits (``docs/closed-form.md``): compute the cosines in float32. A mean
+        over an empty batch is NaN, as in PyTorch. NaN logits give NaN in their rows.
+
+    Raises:
+        TypeError: Logits that are not floating-point tensors, a target that is not int64, a
+            number given as a tensor.
+        ValueError: Shapes that differ, labels out of range (checked on a CPU only), a number out
+            of range, both weights given, an unknown name.
+
+    Example:
+        >>> adv, ref = torch.tensor([[25.0, 24.0, 15.0]]), torch.tensor([[26.0, 22.0, 15.0]])
+        >>> dirichlet_align_loss(adv, ref, torch.tensor([0]))
+        tensor(0.4014)
+        >>> dirichlet_align_loss(adv, ref, torch.tensor([0]), relative_weight=170.0)
+        tensor(3.6079)
+
+    References:
+        Lu et al. (2025), "Calibrating Uncertainty for Zero-Shot Adversarial CLIP",
+        https://arxiv.org/abs/2512.12997: the training objective.
+    """
+    return dirichlet_align_terms(
+        logits_adv,
+        logits_ref,
+        target,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        weight=weight,
+        relative_weight=relative_weight,
+        direction=direction,
+        detach_ref=detach_ref,
+        reduction=reduction,
+        impl=impl,
+    ).total
+
+
+class DirichletAlignLoss(nn.Module):
+    """``dirichlet_align_loss`` with its options kept; see there for their meaning.
+
+    Example:
+        >>> loss = DirichletAlignLoss(logit_scale=100.0, relative_weight=170.0)
+        >>> adv, ref = torch.tensor([[25.0, 24.0, 15.0]]), torch.tensor([[26.0, 22.0, 15.0]])
+        >>> loss(adv, ref, torch.tensor([0]))
+        tensor(3.6079)
+        >>> round(float(loss.terms(adv, ref, torch.tensor([0])).effective_weight))
+        170
+    """
+
+    def __init__(
+        self,
+        logit_scale: float = 100.0,
+        temperature: float = 0.07,
+        weight: float | None = None,
+        relative_weight: float | None = None,
+        direction: Direction = "reverse",
+        *,
+        detach_ref: bool = True,
+        reduction: Reduction = "mean",
+        impl: Implementation = "auto",
+    ) -> None:
+        super().__init__()
+        _check_weights(weight, relative_weight)
+        check_choice("direction", direction, ("reverse", "forward"))
+        check_choice("reduction", reduction, ("none", "mean", "sum"))
+        check_choice("impl", impl, ("auto", "eager", "reference", "torch_distributions"))
+        self.logit_scale = check_number("logit_scale", logit_scale, above=0)
+        self.temperature = check_number("temperature", temperature, above=0)
+        self.weight, self.relative_weight = weight, relative_weight
+        self.direction: Direction = direction
+        self.detach_ref = detach_ref
+        self.reduction: Reduction = reduction
+        self.impl: Implementation = impl
+
+    def terms(
+        self, logits_adv: Tensor, logits_ref: Tensor, target: Tensor | None = None
+    ) -> AlignTerms:
+        """Return the loss as its terms; ``.total`` is what ``forward`` returns."""
+        return dirichlet_align_terms(
+            logits_adv,
+            logits_ref,
+            target,
+            logit_scale=self.logit_scale,
+            temperature=self.temperature,
+            weight=self.weight,
+            relative_weight=self.relative_weight,
+            direction=self.direction,
+            detach_ref=self.detach_ref,
+            reduction=self.reduction,
+            impl=self.impl,
+        )
+
+    def forward(
+        self, logits_adv: Tensor, logits_ref: Tensor, target: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss of logits ``(B, C)``, ``(B, C)`` and labels ``(B,)``."""
+        return self.terms(logits_adv, logits_ref, target).total
+
+    def extra_repr(self) -> str:
+        """Show the constructor's arguments that matter."""
+        weight = "the paper's" if self.weight is None else f"{self.weight:g}"
+        if self.relative_weight is not None:
+            weight = f"{self.relative_weight:g} / mean alpha_0(ref)"
+        return (
+            f"logit_scale={self.logit_scale:g}, temperature={self.temperature:g}, "
+            f"weight={weight}, direction={self.direction!r}"
+        )
+
+
+def _log(weight: float) -> float:
+    return math.log(weight) if weight > 0 else -math.inf
+
+
+def _log_mean_strength(logits_ref: Tensor, logit_scale: float, temperature: float) -> Tensor:
+    r"""Return the logarithm of the batch mean of :math:`\alpha_0(\mathrm{ref})`, 0-d."""
+    # 1/T is added at the end, in the wide dtype: in float32 it would blur all that is smaller.
+    dtype = torch.promote_types(logits_ref.dtype, torch.float32)
+    scaled = logits_ref.to(dtype) / (logit_scale * temperature)
+    rows = torch.logsumexp(scaled, -1).to(scalar_dtype(logits_ref.device))
+    return torch.logsumexp(rows, 0) - math.log(max(1, len(rows))) + 1 / temperature
+
+
+def _check_weights(weight: float | None, relative_weight: float | None) -> None:
+    if weight is not None and relative_weight is not None:
+        got = f"weight={weight!r} and relative_weight={relative_weight!r}"
+        raise ValueError(wrong("weight", "weight or relative_weight, not both", got))
+    if weight is not None:
+        check_number("weight", weight, at_least=0)
+    if relative_weight is not None:
+        check_number("relative_weight", relative_weight, at_least=0)
