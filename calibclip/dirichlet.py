@@ -1,8 +1,8 @@
 r"""CLIP's cosines read as a Dirichlet: concentrations, uncertainties, divergence.
 
 A cosine :math:`c_k` between an image and the text of class k becomes the concentration
-:math:`\ln \alpha_k = (c_k + 1)/T`. Everything here takes ``log_alpha``: :math:`\alpha` itself reaches
-:math:`e^{28}` at the paper's T = 0.07, where textbook formulas lose every digit in float32.
+:math:`\ln \alpha_k = (c_k + 1)/T`. Everything here takes ``log_alpha``: :math:`\alpha` itself
+reaches :math:`e^{28}` at the paper's T = 0.07, where textbook formulas lose every float32 digit.
 """
 
 from __future__ import annotations

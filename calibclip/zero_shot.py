@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -26,6 +25,8 @@ from calibclip._checks import (
     describe,
     wrong,
 )
+from calibclip._modules import evaluation_mode
+from calibclip._resize import resize
 
 # What open_clip assumes for a model that carries no statistics of its own.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -366,7 +367,7 @@ class ZeroShotClassifier(nn.Module):
         self._check_images(images)
         images = images.to(self.mean.dtype)
         if self.image_size is not None:
-            images = _resize(images, self.image_size, self.interpolation, self.resize_mode)
+            images = resize(images, self.image_size, self.interpolation, self.resize_mode)
         return ((images - self.mean) / self.std).to(self._weight_dtype())
 
     @property
@@ -464,7 +465,7 @@ def _encode_classes(
     dtype = torch.promote_types(weight.dtype, torch.float32)
     step = max(1, PROMPTS_PER_BATCH // len(templates))  # whole classes, so that means are local
     means = []
-    with torch.no_grad(), _evaluation_mode(model):
+    with torch.no_grad(), evaluation_mode(model):
         for start in range(0, len(class_names), step):
             names = class_names[start : start + step]
             prompts = [prompt for name in names for prompt in _fill(templates, name)]
@@ -473,18 +474,6 @@ def _encode_classes(
                 features = _unit_rows("encode_text", encode_text(tokens), dtype)
             means.append(features.view(len(names), len(templates), -1).mean(dim=1))
     return torch.cat(means)
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode, and give each submodule its own training flag back at the end."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag
 
 
 def _unit_rows(argument: str, features: Tensor, dtype: torch.dtype) -> Tensor:
@@ -496,36 +485,6 @@ def _unit_rows(argument: str, features: Tensor, dtype: torch.dtype) -> Tensor:
 def _fill(templates: Sequence[str], name: str) -> tuple[str, ...]:
     # replace, not format: other braces in a template are ordinary characters.
     return tuple(template.replace("{}", name) for template in templates)
-
-
-def _resize(
-    images: Tensor, target: tuple[int, int], interpolation: str, resize_mode: str
-) -> Tensor:
-    """Resize to ``target`` as Pillow would, except for its rounding to 8 bits."""
-    height, width = _size_before_crop(images.shape[-2], images.shape[-1], target, resize_mode)
-    if images.shape[-2:] != (height, width):
-        # Bicubic weights are partly negative and overshoot at edges, where 8-bit images saturate:
-        # in Pillow after each of two passes, width first. One pass was off by 27/255 there.
-        for size in ((images.shape[-2], width), (height, width)):
-            images = F.interpolate(images, size=size, mode=interpolation, antialias=True)
-            images = images.clamp(0, 1)
-    top, left = (
-        round((have - want) / 2) for have, want in zip((height, width), target, strict=True)
-    )
-    return images[..., top : top + target[0], left : left + target[1]]
-
-
-def _size_before_crop(
-    height: int, width: int, target: tuple[int, int], resize_mode: str
-) -> tuple[int, int]:
-    if resize_mode == "squash":
-        return target
-    if target[0] == target[1]:
-        # torchvision's Resize truncates the longer side, where the general rule below rounds it.
-        longer = int(target[0] * max(height, width) / min(height, width))
-        return (target[0], longer) if height <= width else (longer, target[0])
-    ratio = min(height / target[0], width / target[1])
-    return round(height / ratio), round(width / ratio)
 
 
 def _check_strings(argument: str, values: Sequence[str]) -> tuple[str, ...]:

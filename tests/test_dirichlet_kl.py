@@ -60,7 +60,8 @@ def errors(got, want):
     got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
     if got.ndim == 1:
         got, want = got[:, None], want[:, None]
-    return np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
 
 
 def assert_rows(got, want, bound, labels, where=None):
@@ -240,7 +241,7 @@ def test_torch_distributions_is_that():
 def test_torch_distributions_in_float32_is_wrong_by_more_than_its_value():
     log_alpha, log_beta = clip_like(64, 200, 1e-5)
     kl = dirichlet_kl(log_alpha, log_beta, impl="reference")
-    assert kl.min() > 100
+    assert kl.min() > 10
     direct = kl_divergence(Dirichlet(log_alpha.exp()), Dirichlet(log_beta.exp()))
     textbook = dirichlet_kl(log_alpha, log_beta, impl="torch_distributions")
     assert textbook.dtype == F32
@@ -397,13 +398,14 @@ def test_torch_distributions_keeps_several_matrices():
     assert saved_matrices(published, *inputs) >= 3
 
 
-def test_double_backward_is_refused():
-    log_alpha, log_beta = (values.requires_grad_() for values in clip_like(2, 5, 1e-2))
-    (grad,) = torch.autograd.grad(
-        dirichlet_kl(log_alpha, log_beta, "sum"), log_alpha, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+@pytest.mark.parametrize("other", [0, 1], ids=["own", "other"])
+def test_double_backward_is_refused(other):
+    """Not silently left out: a penalty on the gradient would then just not train."""
+    inputs = [values.requires_grad_() for values in clip_like(2, 5, 1e-2)]
+    kl = dirichlet_kl(*inputs, "sum")
+    grads = torch.autograd.grad(kl, inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate"):
+        (kl + grads[other].square().sum()).backward()
 
 
 @pytest.mark.parametrize("sd", [1e-4, 0.5])

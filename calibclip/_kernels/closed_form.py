@@ -155,7 +155,7 @@ class DirichletKL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(
         ctx: Any, first: Tensor, second: Tensor, scale: float, shift: float, log_weight: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Compute both parts, block by block."""

@@ -7,7 +7,7 @@ sees it, `_better` is the rule that picks one iterate per sample.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from calibclip._checks import (
     describe,
     wrong,
 )
+from calibclip._modules import evaluation_mode, frozen
 from calibclip.attacks.objectives import Objective, at_least_float32, resolve_objective
 from calibclip.attacks.threat import NORMS, FeasibleSet, per_sample, sample_keys, stream_seed
 
@@ -102,26 +103,16 @@ def _merge(challenger: _Iterate, incumbent: _Iterate | None, select: str) -> _It
 def _undisturbed(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Open a context in which gradients flow to the images, and leave the model as it was.
 
-    A module is put in eval mode and its parameters are frozen, so that autograd neither computes
-    nor stores anything for them. Flags are set one by one, not through ``train()``, which a module
-    may override.
+    A module runs in eval mode with frozen parameters, so that autograd neither computes nor stores
+    anything for them.
     """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
-    training = [module.training for module in modules]
-    trainable = [parameter.requires_grad for parameter in parameters]
-    with torch.inference_mode(False), torch.enable_grad():
-        try:
-            for module in modules:
-                module.training = False
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for module, flag in zip(modules, training, strict=True):
-                module.training = flag
-            for parameter, flag in zip(parameters, trainable, strict=True):
-                parameter.requires_grad_(flag)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if isinstance(model, nn.Module):
+            stack.enter_context(evaluation_mode(model))
+            stack.enter_context(frozen(model))
+        yield
 
 
 class _Model:
@@ -374,26 +365,16 @@ class PGD:
             if len(clean) == 0:
                 check_target(target, 0, 1, clean.device)
                 return _nothing_to_attack(clean)
-            best = None
-            steps_to_success = torch.full((len(clean),), -1, device=clean.device)
+            never = torch.full((len(clean),), -1, device=clean.device)
+            best, steps_to_success = self._climb(attacked, feasible, next(starts), None, never)
             for points in starts:
-                if best is not None and self.stop_when_fooled:
+                if self.stop_when_fooled:
                     if bool(best.fooled.all()):
                         break
                     points = torch.where(per_sample(best.fooled, points), best.images, points)
-                for step in range(self.steps + 1):
-                    last = step == self.steps
-                    with torch.set_grad_enabled(not last):
-                        iterate = attacked.judge(points, clean=step == 0 and not self.random_start)
-                    first = iterate.fooled & (steps_to_success < 0)
-                    steps_to_success = steps_to_success.masked_fill(first, step)
-                    last = last or (self.stop_when_fooled and bool(iterate.fooled.all()))
-                    if last or self.select != "last":
-                        best = _merge(iterate.detach(), best, self.select)
-                    if last:
-                        break
-                    points = self._advance(attacked, feasible, iterate)
-            assert best is not None  # restarts >= 1, and the last iterate is always merged
+                best, steps_to_success = self._climb(
+                    attacked, feasible, points, best, steps_to_success
+                )
             return AttackResult(
                 images=best.images,
                 success=best.fooled,
@@ -402,6 +383,29 @@ class PGD:
                 n_forward=attacked.n_forward,
                 n_backward=attacked.n_backward,
             )
+
+    def _climb(
+        self,
+        attacked: _Model,
+        feasible: FeasibleSet,
+        points: Tensor,
+        best: _Iterate | None,
+        steps_to_success: Tensor,
+    ) -> tuple[_Iterate, Tensor]:
+        """Run once from the given points; return the best iterate so far and the first success."""
+        step = 0
+        while True:
+            last = step == self.steps
+            with torch.set_grad_enabled(not last):
+                iterate = attacked.judge(points, clean=step == 0 and not self.random_start)
+            first = iterate.fooled & (steps_to_success < 0)
+            steps_to_success = steps_to_success.masked_fill(first, step)
+            if last or (self.stop_when_fooled and bool(iterate.fooled.all())):
+                return _merge(iterate.detach(), best, self.select), steps_to_success
+            if self.select != "last":
+                best = _merge(iterate.detach(), best, self.select)
+            points = self._advance(attacked, feasible, iterate)
+            step += 1
 
     def _begin(
         self,

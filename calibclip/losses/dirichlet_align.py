@@ -91,8 +91,8 @@ def dirichlet_align_terms(
     if detach_ref:
         logits_ref = logits_ref.detach()
 
-    # KL / mean alpha_0(ref) has ordinary size whatever T, C and the model's cosines are, while alpha_0
-    # itself may not fit float32; so that ratio is what the kernel computes.
+    # KL / mean alpha_0(ref) has ordinary size whatever T, C and the model's cosines are, while
+    # alpha_0 itself may not fit float32; so that ratio is what the kernel computes.
     log_mean_strength = _log_mean_strength(logits_ref.detach(), logit_scale, temperature)
     log_effective_weight = log_mean_strength.clone()
     if relative_weight is not None:
@@ -150,19 +150,19 @@ def dirichlet_align_loss(
 
     The reference is the frozen original model's prediction on the *clean* image. At the paper's T
     the KL equals :math:`\alpha_0(\mathrm{ref})` times a categorical KL to eight digits, so
-    :math:`\lambda` means :math:`\lambda\,\alpha_0(\mathrm{ref})`: about 170 for OpenAI's CLIP and 200
-    classes, and orders of magnitude more or less for another range of cosines, T or C.
+    :math:`\lambda` means :math:`\lambda\,\alpha_0(\mathrm{ref})`: about 170 for OpenAI's CLIP and
+    200 classes, and orders of magnitude more or less for another range of cosines, T or C.
     ``relative_weight`` divides that factor out: 170 then means the same everywhere.
 
     Args:
-        logits_adv: Trained model on the attacked image, shape ``(B, C)``, scaled by ``logit_scale``.
+        logits_adv: Trained model on the attacked image, shape ``(B, C)``, ``logit_scale * cosine``.
         logits_ref: Frozen original model on the clean image, the same shape and scale.
         target: Class indices, shape ``(B,)``, int64. ``None``: the KL part alone.
         logit_scale: s > 0, multiplicative: ``logits = s * cosine``. OpenAI's CLIP has 100.
         temperature: T > 0.
         weight: :math:`\lambda \ge 0`; ``None`` is the paper's :math:`10^5/(1 + e^{2/T})`.
-        relative_weight: w >= 0 in :math:`w\,\mathrm{KL} / \overline{\alpha_0(\mathrm{ref})}`, the mean
-            being over the batch and detached. Excludes ``weight``.
+        relative_weight: w >= 0 in :math:`w\,\mathrm{KL}/\overline{\alpha_0(\mathrm{ref})}`, the
+            mean being over the batch and detached. Excludes ``weight``.
         direction: ``"reverse"`` is KL(adv || ref), as in the paper; ``"forward"`` is
             KL(ref || adv), which the paper's ablation finds worse.
         detach_ref: Whether gradients stop at ``logits_ref``.
