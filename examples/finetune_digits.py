@@ -272,12 +272,13 @@ def choose_weight(
         logits, logits_adv = classifier(images), classifier(images_adv)
     theirs, ours = (loss.terms(logits_adv, logits, labels) for loss in (paper, chosen))
     their_kl, our_kl = (float(terms.total - terms.cross_entropy) for terms in (theirs, ours))
+    largest_cosine, their_weight = logits.max() / scale, theirs.effective_weight
     print(
         f"\nThe weight of the alignment. lambda * mean alpha_0(ref) is about 170 for OpenAI's CLIP"
-        f"\nand 200 classes (cosines 0.2 to 0.3). Here cosines reach {logits.max() / scale:.2f}, and"
-        f"\nthe paper's lambda makes it {theirs.effective_weight:,.0f}: on attacked images, a KL term"
-        f"\nof {their_kl:,.0f} beside a cross-entropy of {theirs.cross_entropy:.1f}. With "
-        f"relative_weight={relative_weight:g}\nthe KL term is {our_kl:.1f}: the two start level.\n"
+        f"\nand 200 classes (cosines 0.2 to 0.3). Here cosines reach {largest_cosine:.2f}, and the "
+        f"paper's\nlambda makes it {their_weight:,.0f}: on attacked images, a KL term of "
+        f"{their_kl:,.0f} beside a\ncross-entropy of {theirs.cross_entropy:.1f}. With "
+        f"relative_weight={relative_weight:g} the KL term is {our_kl:.1f}: they start level.\n"
     )
     return chosen
 

@@ -109,6 +109,29 @@ def test_temperature_so_low_that_alpha_fits_no_float():
     assert norm_error(adv.grad, [[float(weight * g) for g in row] for row in by_adv]) <= 5e-6
 
 
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("temperature", [0.07, 0.01])
+def test_unrelated_predictions(temperature, direction):
+    """At T = 0.01 ln alpha runs from 0 to 200: even the gaps' exponentials overflow float32."""
+    cosines = np.random.default_rng(5).uniform(-1, 1, (2, 6, 8))
+    adv, ref = (100 * torch.from_numpy(cosines)).float().unbind()
+    ref[0, 3], adv[1, 4] = -99, -99.5
+    options = {"temperature": temperature, "direction": direction}
+    kl, _, by_adv, _, strength = exact(adv, ref, **options)
+    weight = 6 / mp.fsum(strength)
+    adv.requires_grad_()
+    value = dirichlet_align_loss(adv, ref, relative_weight=1.0, reduction="none", **options)
+    value.sum().backward()
+    largest = max(float(weight * row) for row in kl)
+    for i in range(6):
+        want = float(weight * kl[i])
+        if 1e-30 * largest < want < 1e37:
+            assert value[i].item() == pytest.approx(want, rel=1e-5)
+            assert norm_error(adv.grad[i], [float(weight * g) for g in by_adv[i]]) <= 1e-5
+        else:
+            assert not value[i].isnan()
+
+
 @pytest.mark.parametrize("temperature", [0.07, 0.01])
 def test_nothing_is_left_at_equality(temperature):
     adv, _, _ = clip_logits(4, 30)
@@ -380,15 +403,16 @@ def test_gradcheck(direction, options):
     assert torch.autograd.gradcheck(loss, (adv.requires_grad_(), ref))
 
 
-def test_gradients_through_the_terms():
+@pytest.mark.parametrize("options", [{}, {"relative_weight": 3.0}], ids=["paper", "relative"])
+def test_gradients_through_the_terms(options):
     """The terms differentiate too: a user may weigh shape and evidence apart."""
     adv, ref, _ = clip_logits(3, 5, 0.1, dtype=F64)
 
-    def parts(adv):
-        terms = dirichlet_align_terms(adv, ref, temperature=0.4)
+    def parts(adv, ref):
+        terms = dirichlet_align_terms(adv, ref, temperature=0.4, detach_ref=False, **options)
         return terms.shape, terms.evidence, terms.kl
 
-    assert torch.autograd.gradcheck(parts, adv.requires_grad_())
+    assert torch.autograd.gradcheck(parts, (adv.requires_grad_(), ref.requires_grad_()))
 
 
 def test_keeps_no_matrix_but_the_cross_entropys():

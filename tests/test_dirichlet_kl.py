@@ -1,3 +1,4 @@
+import gc
 import itertools
 from pathlib import Path
 
@@ -195,6 +196,20 @@ def test_exactly_zero_at_equality(dtype):
     assert not any(values.any() for values in evaluate(rows, rows))
 
 
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("low", [-20.0, -4.0, 0.0, 20.0])
+@pytest.mark.parametrize("gap", [1e-6, 1e-3, 1.0, 10.0])
+def test_never_negative(dtype, low, gap):
+    """Least certain where one class holds all the evidence and it alone moves."""
+    rng = torch.Generator().manual_seed(0)
+    log_alpha = low + 20 * torch.rand(1000, 3, generator=rng).square()
+    change = gap * torch.randn(1000, 3, generator=rng)
+    only_top = torch.nn.functional.one_hot(log_alpha.argmax(-1), 3) * change
+    for moved in (log_alpha + change, log_alpha + only_top, log_alpha + change[:, :1]):
+        parts = dirichlet_kl_parts(log_alpha.to(dtype), moved.to(dtype))
+        assert all((part >= 0).all() for part in parts)
+
+
 @pytest.mark.parametrize("temperature", [0.03, 0.07, 1.0])
 def test_one_unit_in_the_last_place_is_seen(temperature):
     log_alpha, _ = clip_like(8, 20, 0, temperature=temperature)
@@ -361,20 +376,28 @@ def test_random_upstream_gradient_and_every_subset():
     assert not dirichlet_kl(log_alpha, log_beta).requires_grad
 
 
+def matrices_in_python(size):
+    """Return the storages of that many elements or more that Python objects hold, by address."""
+    gc.collect()
+    held = (t for t in gc.get_objects() if issubclass(type(t), torch.Tensor))
+    return {t.untyped_storage().data_ptr() for t in held if t.numel() >= size}
+
+
 def saved_matrices(function, *inputs):
-    """Count the storages of the inputs' size that autograd keeps beyond the inputs' own."""
-    kept = {}
+    """Count the storages of the inputs' size kept for backward beyond the inputs' own."""
+    size, kept = inputs[0].numel(), {}
 
     def pack(tensor):
-        if tensor.numel() >= inputs[0].numel():
+        if tensor.numel() >= size:
             storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage
+            kept[storage.data_ptr()] = storage  # held, lest its address be used again
         return tensor
 
+    before = matrices_in_python(size)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = function(*inputs)
     assert output.requires_grad
-    return len(kept.keys() - {t.untyped_storage().data_ptr() for t in inputs})
+    return len((kept.keys() | matrices_in_python(size)) - before)
 
 
 @pytest.mark.parametrize("sd", [0.0, 1e-3, 0.5])
@@ -387,6 +410,18 @@ def test_keeps_no_matrix(sd, dtype):
             for values, need in zip((log_alpha, log_beta), needs, strict=True)
         ]
         assert saved_matrices(lambda a, b: dirichlet_kl(a, b, "sum"), *inputs) == 0
+
+
+def test_the_count_of_matrices_can_fail():
+    class Hoards(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, first, second):
+            ctx.kept = first.exp()
+            return ctx.kept.sum()
+
+    inputs = [values.requires_grad_() for values in clip_like(16, 50, 1e-2)]
+    assert saved_matrices(Hoards.apply, *inputs) == 1
+    assert saved_matrices(lambda a, b: (a.exp() * b.exp()).sum(), *inputs) == 2
 
 
 def test_torch_distributions_keeps_several_matrices():

@@ -105,7 +105,8 @@ def second_order(t: Tensor, bound: float) -> Tensor:
 def _series(t: Tensor, bound: float) -> Tensor:
     r"""Return :math:`\sum_n t^n/(n+2)!` for ``|t| <= bound``."""
     tidy = next(step for step in (0.25, 0.5, 1.0, CLOSE) if bound <= step)
-    *lower, second, first = _economized(tidy, t.dtype, t.device)
+    coefficients = torch.tensor(_economized(tidy, t.dtype), dtype=t.dtype, device=t.device)
+    *lower, second, first = coefficients.unbind()
     result = torch.addcmul(second, first, t)
     for coefficient in reversed(lower):
         torch.addcmul(coefficient, result, t, out=result)
@@ -113,7 +114,7 @@ def _series(t: Tensor, bound: float) -> Tensor:
 
 
 @functools.cache
-def _economized(bound: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+def _economized(bound: float, dtype: torch.dtype) -> tuple[float, ...]:
     r"""Return a polynomial for :math:`(e^t - 1 - t)/t^2` as short as the dtype allows.
 
     The Taylor polynomial in :math:`t/\mathtt{bound}`, written in Chebyshev polynomials, loses those
@@ -124,8 +125,7 @@ def _economized(bound: float, dtype: torch.dtype, device: torch.device) -> tuple
     smallest_value = (math.exp(-bound) - 1 + bound) / bound**2
     matters = np.abs(chebyshev) > torch.finfo(dtype).eps / 4 * smallest_value
     powers = cheb2poly(chebyshev[: int(np.flatnonzero(matters)[-1]) + 1])
-    coefficients = [float(power) / bound**n for n, power in enumerate(powers)]
-    return torch.tensor(coefficients, dtype=dtype, device=device).unbind()
+    return tuple(float(power) / bound**n for n, power in enumerate(powers))
 
 
 def _weighted_second_order(t: Tensor, log_weight: Tensor, bound: float) -> Tensor:
