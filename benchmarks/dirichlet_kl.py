@@ -232,7 +232,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     print(f"# Dirichlet KL\n\n{machine()}\n")
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 1:
         print(
             f"**Load average {os.getloadavg()[0]:.1f}: the machine is busy. Threads that wait for "
             "one another make times meaningless then.**\n"

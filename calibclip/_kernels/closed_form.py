@@ -20,21 +20,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from calibclip._kernels import special
 
-# Elements per block of rows. On a CPU a block's temporaries should stay in the cache; elsewhere
-# the bound only keeps the temporaries of a huge call small.
-_BLOCK = {"cpu": 1 << 17}
-_BLOCK_ELSEWHERE = 1 << 26
+# Elements per block of rows: on a CPU a block's temporaries should stay in the cache; elsewhere the
+# bound only keeps the temporaries of a huge call small.
+_BLOCK_ON_CPU, _BLOCK_ELSEWHERE = 1 << 18, 1 << 26
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Yield slices that cut the rows of a matrix into blocks of bounded size."""
+    """Yield slices that cut the rows of a matrix into blocks of bounded size, at least one."""
     rows, columns = matrix.shape
-    size = max(1, _BLOCK.get(matrix.device.type, _BLOCK_ELSEWHERE) // max(1, columns))
-    for start in range(0, rows, size):
+    size = max(1, (_BLOCK_ON_CPU if matrix.device.type == "cpu" else _BLOCK_ELSEWHERE) // columns)
+    for start in range(0, max(1, rows), size):
         yield slice(start, start + size)
 
 
@@ -47,179 +45,277 @@ class _Extent(NamedTuple):
     """What forward has seen of a block; backward need not look again."""
 
     gap: float  # bound on |ln b_k - ln a_k|
-    smallest: float  # smallest ln a_k, ln b_k less the shift
     spread: float  # bound on |ln q_k - ln p_k|
+    smallest: float  # lower bound on ln a_k and ln b_k
 
 
 class _Block:
-    """A block of rows of both Dirichlets; every field is (rows, C)."""
+    """A block of rows of both Dirichlets; every tensor is (rows, C)."""
 
     def __init__(self, first: Tensor, second: Tensor, scale: float) -> None:
         dtype = compute_dtype(first, second)
-        u, v = first.to(dtype), second.to(dtype)
-        self._v, self._scale = v, scale
-        self.d = v - u  # ln b_k - ln a_k
+        u, self.v, self.scale = first.to(dtype), second.to(dtype), scale
+        self.d = self.v - u  # ln b_k - ln a_k
         self.x = u  # ln a_k less the shift
         if scale != 1:
             self.d.mul_(scale)
             self.x = u * scale
         self.p = torch.softmax(self.x, -1)  # a_k / a_0
 
-    def second(self) -> tuple[Tensor, Tensor]:
-        """Return ``y``, which is ln b_k less the shift, and q, which is b_k / b_0."""
-        y = self._v * self._scale
-        return y, torch.softmax(y, -1)
-
-    def extent(self, spread: float) -> _Extent:
-        """Look at the block, where looking does not stall the device."""
-        smallest = min(special.smallest(self.x), special.smallest(self._v) * self._scale)
-        return _Extent(special.largest(self.d), smallest, spread)
+    def smallest(self) -> float:
+        """Look for the smallest ln a_k, ln b_k less the shift."""
+        return min(special.smallest(self.x), special.smallest(self.v) * self.scale)
 
     def pairs(self, shift: float, extent: _Extent) -> special.Pairs:
         """Return a_k and b_k of every class."""
-        return special.Pairs(self.d, self.x, shift, extent.gap, extent.smallest + shift)
+        return special.Pairs(self.d, self.x, shift, extent.gap, extent.smallest)
+
+
+class _Sums(NamedTuple):
+    """What a block comes to, each (rows, 1).
+
+    The gap d0 = ln b_0 - ln a_0 = ln sum_k p_k e^(d_k) is approached in steps, d_top + mean + eta,
+    so that small gaps keep their relative precision: the gap of the class with the largest a_k,
+    which makes a common change of all concentrations exactly one of evidence; the mean of what the
+    other gaps differ by; and what is left, eta = ln(1 + growth) = KL(p || q).
+    """
+
+    d_top: Tensor
+    mean: Tensor
+    growth: Tensor  # sum_k p_k (e^(t_k) - 1),        t_k = d_k - d_top - mean
+    leading: Tensor  # sum_k p_k (t_k e^(t_k) - e^(t_k) + 1)
+    plain: Tensor  # sum_k t_k
+    squares: Tensor  # sum_k e^(t_k) - 1 - t_k
+    log_a0: Tensor  # less the shift
+    log_b: Tensor  # ln b_k of some class, less the shift,
+    log_ratio: Tensor  # and ln b_0 / b_k, less eta
+
+
+def _sum_up(block: _Block) -> tuple[_Sums, float]:
+    """Sum a block up; return also a bound on its |t_k|, infinite if some gaps are too wide."""
+    d, x, p = block.d, block.x, block.p
+    p_top, top = p.max(-1, keepdim=True)
+    d_top, x_top, log_p_top = d.gather(-1, top), x.gather(-1, top), p_top.log()
+    t = d - d_top
+    work = p * t
+    mean = work.sum(-1, keepdim=True)
+    t.sub_(mean)
+    bound = special.largest(t)
+    if bound >= special.CLOSE:
+        return _sum_up_wide(block, d_top, x_top, log_p_top), math.inf
+    second_order = special.second_order(t, bound)
+    squares = second_order.sum(-1, keepdim=True)
+    growth = torch.add(t, second_order, out=work)
+    minus_h = torch.addcmul(second_order, growth, t, value=-1, out=second_order)
+    sums = _Sums(
+        d_top=d_top,
+        mean=mean,
+        growth=growth.mul_(p).sum(-1, keepdim=True),
+        leading=-minus_h.mul_(p).sum(-1, keepdim=True),
+        plain=t.sum(-1, keepdim=True),
+        squares=squares,
+        log_a0=x_top - log_p_top,
+        log_b=block.v.gather(-1, top) * block.scale,
+        log_ratio=mean - log_p_top,
+    )
+    return sums, bound
+
+
+def _sum_up_wide(block: _Block, d_top: Tensor, x_top: Tensor, log_p_top: Tensor) -> _Sums:
+    """Sum a block up from both sets of probabilities, so that neither e^t nor e^-t can overflow."""
+    p, y = block.p, block.v * block.scale
+    q = torch.softmax(y, -1)
+    y_top, log_q_top = y.amax(-1, keepdim=True), q.amax(-1, keepdim=True).log()
+    t = block.d - d_top
+    growth = (p * torch.expm1(t)).sum(-1, keepdim=True)
+    near = torch.log1p(growth.clamp(-0.5, 0.5))
+    far = (y_top - x_top) - (log_q_top - log_p_top) - d_top
+    beyond = torch.where(growth.abs() < 0.5, near, far)
+    delta = t - beyond
+    # p (delta e^delta - e^delta + 1) = q (e^-delta - 1 + delta) = p - q + q delta
+    series = special.second_order(-delta.clamp(-1, 1), 1.0).mul_(q)
+    terms = torch.where(delta.abs() < 1, series, p - q + q * delta)
+    nothing = torch.zeros_like(beyond)
+    return _Sums(
+        d_top=d_top,
+        mean=beyond,
+        growth=nothing,
+        leading=terms.sum(-1, keepdim=True),
+        plain=nothing,
+        squares=nothing,
+        log_a0=x_top - log_p_top,
+        log_b=y_top,
+        log_ratio=-log_q_top,
+    )
 
 
 class _Totals(NamedTuple):
-    """What each row comes to, (rows, 1); all that forward leaves for backward."""
+    """What forward leaves for backward, each (rows, 1)."""
 
-    middle: Tensor  # some gap d in the middle of the row's,
-    beyond: Tensor  # and how far d0 = ln b_0 - ln a_0 lies beyond it
+    d_top: Tensor
+    beyond: Tensor  # d0 - d_top
     log_a0: Tensor
     strength: Tensor  # w b_0
 
-    def pairs(self) -> special.Pairs:
-        """Return a_0 and b_0 of every row."""
-        d0 = self.middle + self.beyond
-        smallest = special.smallest(self.log_a0, self.log_a0 + d0)
-        return special.Pairs(d0, self.log_a0, 0.0, special.largest(d0), smallest)
+    def pairs(self, extents: list[_Extent]) -> special.Pairs:
+        """Return a_0 and b_0 of every row: their gaps and sizes are within those of the classes."""
+        gap = max((extent.gap for extent in extents), default=0.0)
+        smallest = min((extent.smallest for extent in extents), default=0.0)
+        return special.Pairs(self.d_top + self.beyond, self.log_a0, 0.0, gap, smallest)
 
 
-def _categorical(block: _Block, shift: float, log_weight: Tensor) -> tuple[Tensor, _Totals, float]:
-    """Return KL(q || p) of every row, (rows, 1), its totals, and a bound on |ln q - ln p|."""
-    d, x, p = block.d, block.x, block.p
-    offset = (shift + log_weight).to(d.dtype)
-    x_top, p_top = x.amax(-1, keepdim=True), p.amax(-1, keepdim=True)
-    log_a0 = x_top + shift - p_top.log()
-    # d0 = ln sum_k p_k e^(d_k) is measured from the mean gap, so that small gaps keep their
-    # relative precision; with eta = d0 - mean = KL(p || q),
-    # KL(q || p) = e^-eta sum_k p_k h(d_k - mean) - (e^-eta - 1 + eta),   h(t) = t e^t - e^t + 1.
-    mean = (p * d).sum(-1, keepdim=True)
-    t = d - mean
-    bound = special.largest(t)
-    if bound < special.CLOSE:
-        second_order = special.second_order(t, bound)
-        growth = t + second_order
-        eta = torch.log1p((p * growth).sum(-1, keepdim=True))
-        minus_h = torch.addcmul(second_order, growth, t, value=-1, out=second_order)
-        leading = -minus_h.mul_(p).sum(-1, keepdim=True)
-        reach = special.largest(eta)
-        divergence = torch.exp(-eta) * leading - special.second_order(-eta, reach)
-        # Not exp(log_b0): rounding a logarithm of size 20 costs a relative 1e-6.
-        strength = torch.exp(x_top + offset) * torch.exp(mean + eta) / p_top
-        return divergence, _Totals(mean, eta, log_a0, strength), bound + reach
-    # Gaps too wide for that: both sets of probabilities are needed, so that neither e^t nor
-    # e^-t can overflow. Measured from the gap of the largest class.
-    y, q = block.second()
-    y_top, q_top = y.amax(-1, keepdim=True), q.amax(-1, keepdim=True)
-    d_top = d.gather(-1, p.argmax(-1, keepdim=True))
-    excess = (p * torch.expm1(d - d_top)).sum(-1, keepdim=True)
-    near = torch.log1p(excess.clamp(-0.5, 0.5))
-    far = (y_top - x_top) - (q_top.log() - p_top.log()) - d_top
-    from_top = torch.where(excess.abs() < 0.5, near, far)
-    delta = (d - d_top) - from_top
-    # p h(delta) = q (e^-delta - 1 + delta) = p - q + q delta
-    series = special.second_order(-delta.clamp(-1, 1), 1.0).mul_(q)
-    terms = torch.where(delta.abs() < 1, series, p - q + q * delta)
-    strength = torch.exp(y_top + offset) / q_top
-    return terms.sum(-1, keepdim=True), _Totals(d_top, from_top, log_a0, strength), math.inf
+class _Change(NamedTuple):
+    """How the probabilities of a block change, to full relative precision."""
 
+    delta: Tensor  # ln(q / p)
+    growth: Tensor | None  # q / p - 1, if it cannot overflow
+    difference: Tensor  # q - p
 
-def _probability_change(
-    block: _Block, middle: Tensor, beyond: Tensor, spread: float
-) -> tuple[Tensor, Tensor]:
-    """Return ``delta = ln(q / p)`` and ``q - p``, the latter to full relative precision."""
-    delta = (block.d - middle).sub_(beyond)
-    if spread < special.CLOSE:
-        return delta, special.second_order(delta, spread).add_(delta).mul_(block.p)
-    _, q = block.second()
-    size = torch.expm1(-delta.abs()).neg_().mul_(torch.maximum(block.p, q))
-    return delta, torch.copysign(size, delta)
+    @classmethod
+    def of(cls, block: _Block, totals: _Totals, part: slice, spread: float) -> _Change:
+        delta = (block.d - totals.d_top[part]).sub_(totals.beyond[part])
+        if spread < special.CLOSE:
+            growth = torch.expm1(delta)
+            return cls(delta, growth, growth * block.p)
+        q = torch.softmax(block.v * block.scale, -1)
+        size = torch.expm1(-delta.abs()).neg_().mul_(torch.maximum(block.p, q))
+        return cls(delta, None, torch.copysign(size, delta))
 
 
 class DirichletKL(torch.autograd.Function):
     """(first, second, scale, shift, log_weight) -> (shape, evidence), each of shape ``(...,)``.
 
     Keeps nothing of size B×C but the inputs themselves and computes everything again in backward,
-    in blocks of rows, so that the peak is one B×C matrix for each gradient.
+    in blocks of rows, so that a large call's peak is one B×C matrix for each gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any, first: Tensor, second: Tensor, scale: float, shift: float, log_weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Compute both parts, block by block."""
+        """Sum the blocks up, then work on the rows' sums."""
         dtype = compute_dtype(first, second)
         first_rows, second_rows = _as_rows(first), _as_rows(second)
-        categorical, classes, *columns = first.new_empty((6, len(first_rows), 1), dtype=dtype)
-        totals, extents = _Totals(*columns), []
+        parts, bounds, smallest = [], [], []
         for part in row_blocks(first_rows):
             block = _Block(first_rows[part], second_rows[part], scale)
-            categorical[part], found, spread = _categorical(block, shift, log_weight)
-            for column, values in zip(totals, found, strict=True):
-                column[part] = values
-            extents.append(block.extent(spread))
-            pairs = block.pairs(shift, extents[-1])
-            every = special.evidence_divergence(pairs, log_weight.to(dtype))
-            classes[part] = every.sum(-1, keepdim=True)
-        total = special.evidence_divergence(totals.pairs(), log_weight.to(dtype))
-        evidence = torch.where(classes == torch.inf, classes, classes - total)
-        shape = totals.strength * categorical
-        ctx.save_for_backward(first, second, log_weight, *totals)
+            sums, bound = _sum_up(block)
+            parts.append(sums)
+            bounds.append(bound)
+            smallest.append(block.smallest() + shift)
+        # Most calls are a single block, which need not be copied.
+        sums = parts[0] if len(parts) == 1 else _Sums(*map(torch.cat, zip(*parts, strict=True)))
+
+        # With h(t) = t e^t - e^t + 1,  KL(q || p) = e^-eta sum_k p_k h(t_k) - (e^-eta - 1 + eta).
+        eta = torch.log1p(sums.growth)
+        centre, beyond = sums.d_top + sums.mean, sums.mean + eta
+        steps = torch.cat((-eta, centre, centre + eta), -1)
+        reach = special.largest(steps)
+        of_eta, of_centre, of_d0 = special.second_order(steps, reach).split(1, -1)
+        categorical = torch.exp(-eta) * sums.leading - of_eta
+        # Two factors, since rounding a logarithm of size 20 costs a relative 1e-6.
+        offset = (shift + log_weight).to(dtype)
+        strength = torch.exp(sums.log_b + offset) * torch.exp(sums.log_ratio + eta)
+        totals = _Totals(sums.d_top, beyond, sums.log_a0 + shift, strength)
+        extents = [
+            _Extent(bound + reach, bound + reach, low)
+            for bound, low in zip(bounds, smallest, strict=True)
+        ]
+
+        weight = log_weight.to(dtype)
+        pairs = totals.pairs(extents)
+        evidence = None
+        if pairs.large and pairs.close:
+            # E is (e^d - 1 - d) / 2 here, and over d = centre + t its sum follows from that over t.
+            growth, count = torch.expm1(centre), first.shape[-1]
+            level, slope = count * of_centre, growth * sums.plain
+            squares = (1 + growth) * sums.squares + level + slope
+            if bool((squares >= 0.1 * (level + slope.abs())).all()):  # else digits are lost
+                evidence = (0.5 * weight.exp()) * (squares - of_d0)
+        if evidence is None:
+            classes = torch.empty_like(strength)
+            for part, extent in zip(row_blocks(first_rows), extents, strict=True):
+                block = _Block(first_rows[part], second_rows[part], scale)
+                every = special.evidence_divergence(block.pairs(shift, extent), weight)
+                classes[part] = every.sum(-1, keepdim=True)
+            evidence = classes - special.evidence_divergence(pairs, weight)
+            evidence = torch.where(classes == torch.inf, classes, evidence)
+        ctx.save_for_backward(first, second, weight, *totals)
         ctx.scale, ctx.shift, ctx.extents = scale, shift, extents
-        sizes = first.shape[:-1]
+        shape, sizes = strength * categorical, first.shape[:-1]
         return shape.clamp_(min=0).view(sizes), evidence.clamp_(min=0).view(sizes)
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_shape: Tensor, grad_evidence: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Compute the gradients in both inputs, with ``slope`` of the evidence from ``special``.
-
-        d/dx_k = b_0 (p_k - q_k)  -  [slope(a_k) - p_k slope(a_0)]
-        d/dy_k = b_k ln(q_k / p_k)  +  slope(b_k) - q_k slope(b_0)
-        """
-        first, second, log_weight, *columns = ctx.saved_tensors
-        inputs, totals = (_as_rows(first), _as_rows(second)), _Totals(*columns)
-        log_weight = log_weight.to(totals.strength.dtype)
-        by_evidence = grad_evidence.reshape(-1, 1) * ctx.scale
-        by_shape = grad_shape.reshape(-1, 1) * ctx.scale * totals.strength
-        grad_first, grad_second = (
-            torch.empty(rows.shape, dtype=rows.dtype, device=rows.device) if needed else None
-            for rows, needed in zip(inputs, ctx.needs_input_grad[:2], strict=True)
-        )
-        sums = totals.pairs()
-        slope_first = special.evidence_slope_first(sums, log_weight)
-        slope_second = special.evidence_slope_second(sums, log_weight)
-        blocks = row_blocks(inputs[0])
-        for part, extent in zip(blocks, ctx.extents, strict=True):
-            block = _Block(inputs[0][part], inputs[1][part], ctx.scale)
-            delta, change = _probability_change(
-                block, totals.middle[part], totals.beyond[part], extent.spread
-            )
-            pairs = block.pairs(ctx.shift, extent)
-            if grad_first is not None:
-                every = special.evidence_slope_first(pairs, log_weight)
-                every.addcmul_(block.p, slope_first[part], value=-1).mul_(-by_evidence[part])
-                grad_first[part] = every.addcmul_(change, by_shape[part], value=-1)
-            if grad_second is not None:
-                q = block.p + change
-                every = special.evidence_slope_second(pairs, log_weight)
-                every.addcmul_(q, slope_second[part], value=-1).mul_(by_evidence[part])
-                grad_second[part] = every.addcmul_(q.mul_(delta), by_shape[part])
-        grads = (g if g is None else g.view(first.shape) for g in (grad_first, grad_second))
+        """Compute the gradients in both inputs; differentiating them again raises."""
+        with torch.no_grad():
+            grads = _gradients(ctx, grad_shape, grad_evidence)
+        if torch.is_grad_enabled():
+            # Under create_graph, autograd would take gradients without a graph for constants.
+            sources = (*ctx.saved_tensors[:2], grad_shape, grad_evidence)
+            grads = [g if g is None else _OnceDifferentiable.apply(g, *sources) for g in grads]
         return (*grads, None, None, None)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Hand a gradient on, and refuse to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "dirichlet_kl can be differentiated once only: expected no create_graph, got a second "
+            'derivative; use impl="torch_distributions" for one, in float64'
+        )
+
+
+def _gradients(ctx: Any, grad_shape: Tensor, grad_evidence: Tensor) -> list[Tensor | None]:
+    """Return the gradients in both inputs, with ``slope`` of the evidence from ``special``.
+
+    d/dx_k = b_0 (p_k - q_k)  -  [slope(a_k) - p_k slope(a_0)]
+    d/dy_k = b_k ln(q_k / p_k)  +  slope(b_k) - q_k slope(b_0)
+    """
+    first, second, weight, *columns = ctx.saved_tensors
+    first_rows, second_rows, totals = _as_rows(first), _as_rows(second), _Totals(*columns)
+    by_evidence = grad_evidence.reshape(-1, 1) * ctx.scale
+    by_shape = grad_shape.reshape(-1, 1) * ctx.scale * totals.strength
+    sums = totals.pairs(ctx.extents)
+    half = 0.5 * weight.exp()
+    grad_first = grad_second = total_first = total_second = None
+    if ctx.needs_input_grad[0]:
+        grad_first = torch.empty(first_rows.shape, dtype=first.dtype, device=first.device)
+        total_first = special.evidence_slope_first(sums, weight)
+    if ctx.needs_input_grad[1]:
+        grad_second = torch.empty(second_rows.shape, dtype=second.dtype, device=first.device)
+        total_second = special.evidence_slope_second(sums, weight)
+    for part, extent in zip(row_blocks(first_rows), ctx.extents, strict=True):
+        block = _Block(first_rows[part], second_rows[part], ctx.scale)
+        change = _Change.of(block, totals, part, extent.spread)
+        pairs = block.pairs(ctx.shift, extent)
+        shared = None
+        if change.growth is not None and pairs.large:
+            # Both slopes are w (e^(d_k) - 1) / 2, here from e^(d_k - d0) - 1: rounded relative to
+            # the row's largest, enough for a term of relative size 1 / alpha_k.
+            level = half * torch.expm1(sums.d[part])
+            shared = torch.addcmul(level, change.growth, half + level)
+        if grad_first is not None and total_first is not None:
+            if shared is None:
+                every = special.evidence_slope_first(pairs, weight)
+            else:
+                every = shared.clone() if ctx.needs_input_grad[1] else shared
+            every.addcmul_(block.p, total_first[part], value=-1).mul_(-by_evidence[part])
+            grad_first[part] = every.addcmul_(change.difference, by_shape[part], value=-1)
+        if grad_second is not None and total_second is not None:
+            q = block.p + change.difference
+            every = special.evidence_slope_second(pairs, weight) if shared is None else shared
+            every.addcmul_(q, total_second[part], value=-1).mul_(by_evidence[part])
+            grad_second[part] = every.addcmul_(q.mul_(change.delta), by_shape[part])
+    return [g if g is None else g.view(first.shape) for g in (grad_first, grad_second)]
 
 
 def _as_rows(logits: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ hold infinities.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
@@ -75,6 +74,11 @@ class Pairs:
         return numbers[: sum(size > resolution for size in sizes)]
 
     @property
+    def large(self) -> bool:
+        """Whether all arguments are so large that no Bernoulli number matters."""
+        return not self.bernoulli
+
+    @property
     def need_shift(self) -> bool:
         """Whether some argument may be below N."""
         return self.smallest < math.log(_SHIFT[self.d.dtype])
@@ -97,23 +101,35 @@ class Pairs:
 def second_order(t: Tensor, bound: float) -> Tensor:
     r"""Return :math:`e^t - 1 - t \ge 0` for ``|t| <= bound``, to full relative precision."""
     if bound < CLOSE:
-        return t.square().mul_(_series(t, bound))
+        return _series(t, bound).mul_(t).mul_(t)
     series = t.square() * _series(t, _SERIES_NEEDED)
     return torch.where(t.abs() < _SERIES_NEEDED, series, torch.expm1(t) - t)
 
 
 def _series(t: Tensor, bound: float) -> Tensor:
     r"""Return :math:`\sum_n t^n/(n+2)!` for ``|t| <= bound``."""
-    tidy = next(step for step in (0.25, 0.5, 1.0, CLOSE) if bound <= step)
-    coefficients = torch.tensor(_economized(tidy, t.dtype), dtype=t.dtype, device=t.device)
-    *lower, second, first = coefficients.unbind()
+    tidy = next(step for step in (0.25, 0.5, 1.0, 1.5, 2.0, CLOSE) if bound <= step)
+    *lower, second, first = _coefficients(tidy, t.dtype, t.device)
     result = torch.addcmul(second, first, t)
     for coefficient in reversed(lower):
         torch.addcmul(coefficient, result, t, out=result)
     return result
 
 
-@functools.cache
+_cached_coefficients: dict[tuple[float, torch.dtype, torch.device], tuple[Tensor, ...]] = {}
+
+
+def _coefficients(bound: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Return the polynomial as 0-d tensors, which cost as much to make as a small block."""
+    key = (bound, dtype, device)
+    if key in _cached_coefficients:
+        return _cached_coefficients[key]
+    tensors = torch.tensor(_economized(bound, dtype), dtype=dtype, device=device).unbind()
+    if type(tensors[0]) is Tensor:  # not one that a compiler is tracing with
+        _cached_coefficients[key] = tensors
+    return tensors
+
+
 def _economized(bound: float, dtype: torch.dtype) -> tuple[float, ...]:
     r"""Return a polynomial for :math:`(e^t - 1 - t)/t^2` as short as the dtype allows.
 
@@ -138,10 +154,10 @@ def _weighted_second_order(t: Tensor, log_weight: Tensor, bound: float) -> Tenso
     return torch.where(t.abs() < _SERIES_NEEDED, series, direct)
 
 
-def _weighted_expm1(d: Tensor, log_weight: Tensor, bound: float) -> Tensor:
+def _weighted_growth(pairs: Pairs, log_weight: Tensor) -> Tensor:
     """Return ``w (e^d - 1)``; a large ``d`` may overflow only if the product does."""
-    weight = torch.exp(log_weight)
-    if bound < CLOSE:
+    weight, d = torch.exp(log_weight), pairs.d
+    if pairs.close:
         return torch.expm1(d).mul_(weight)
     direct = torch.exp(d + log_weight) - weight
     return torch.where(d.abs() < _SERIES_NEEDED, weight * torch.expm1(d), direct)
@@ -222,7 +238,7 @@ def _divergence(pairs: Pairs, log_weight: Tensor) -> Tensor:
         power = power * u
         geometric = v * geometric + power
         total = v * total + geometric
-    return half + _weighted_expm1(pairs.d, log_weight, pairs.bound) * gap * series
+    return half + _weighted_growth(pairs, log_weight) * gap * series
 
 
 def evidence_slope_first(pairs: Pairs, log_weight: Tensor) -> Tensor:
@@ -230,10 +246,10 @@ def evidence_slope_first(pairs: Pairs, log_weight: Tensor) -> Tensor:
 
     :math:`a^2\varphi''(a) = a^2\psi_1(a) - a = \tfrac12 + \tfrac1{6a} - \tfrac1{30a^3} + \dots`
     """
-    change = _weighted_expm1(pairs.d, log_weight, pairs.bound)
+    if pairs.large:
+        return _weighted_growth(pairs, log_weight - math.log(2))
+    change = _weighted_growth(pairs, log_weight)
     numbers = pairs.bernoulli
-    if not numbers:
-        return change.mul_(0.5)
     log_a, _ = pairs.log()
     curvature = _curvature(torch.exp(-log_a), numbers)
     if pairs.need_shift:
@@ -259,9 +275,9 @@ def _curvature(v: Tensor, numbers: tuple[float, ...]) -> Tensor:
 
 def evidence_slope_second(pairs: Pairs, log_weight: Tensor) -> Tensor:
     r"""Return :math:`w\,b\,[\varphi'(b) - \varphi'(a)]`: the divergence's derivative in ln b."""
-    change = _weighted_expm1(pairs.d, log_weight, pairs.bound)
-    if not pairs.bernoulli:
-        return change.mul_(0.5)
+    if pairs.large:
+        return _weighted_growth(pairs, log_weight - math.log(2))
+    change = _weighted_growth(pairs, log_weight)
     large = change * _slope(pairs)
     if not pairs.need_shift:
         return large
