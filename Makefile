@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 DEV    := $(VENV)/installed-dev
 DEMO   := $(VENV)/installed-demo
 
-.PHONY: demo test check lint bench clean
+.PHONY: demo test check lint bench docs clean
 
 demo: $(DEMO)        ## fine-tune a small CLIP on real digits, twice, and compare
 	$(BIN)/python examples/finetune_digits.py
@@ -22,12 +22,17 @@ lint: $(DEV)
 bench: $(DEV)        ## accuracy, speed and memory of the kernels
 	$(BIN)/python benchmarks/dirichlet_kl.py
 
+docs: $(DEV)         ## the API reference, into build/docs
+	$(BIN)/pdoc --docformat google --math --output-directory build/docs calibclip
+
 # A stamp per set of extras; a changed pyproject.toml installs again.
 $(DEV): pyproject.toml | $(BIN)/python
+	@echo "Installing calibclip and its development tools into $(VENV); PyTorch may take minutes."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $(DEV) $(DEMO)
 
 $(DEMO): pyproject.toml | $(BIN)/python
+	@echo "Installing calibclip and what its examples need into $(VENV); PyTorch may take minutes."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[examples]"
 	@touch $(DEMO)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from numbers import Real
+from numbers import Integral, Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,8 +20,10 @@ def describe(value: object) -> str:
     """Say what a value is, for the ``got`` part of a message."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
-        return f"{value.dtype} array of shape {tuple(value.shape)}"  # type: ignore[attr-defined]
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} array of shape {value.shape}"
+    if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
+        return f"{type(value).__name__} of {len(value)} tensors"
     return f"{type(value).__name__} {value!r}"
 
 
@@ -49,11 +52,17 @@ def check_number(
 def check_count(argument: str, value: object, *, at_least: int) -> int:
     """Return ``value`` after checking that it is an integer no smaller than ``at_least``."""
     expected = f"an integer >= {at_least}"
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(wrong(argument, expected, describe(value)))
     if value < at_least:
         raise ValueError(wrong(argument, expected, f"{value}"))
-    return value
+    return int(value)
+
+
+def check_flag(argument: str, value: object) -> None:
+    """Check that ``value`` is a bool: a truthy string such as ``"no"`` is not."""
+    if not isinstance(value, bool):
+        raise TypeError(wrong(argument, "True or False", describe(value)))
 
 
 def check_choice(argument: str, value: object, choices: Collection[str]) -> None:
@@ -66,15 +75,18 @@ def check_choice(argument: str, value: object, choices: Collection[str]) -> None
 def check_floating(argument: str, value: object, *, shape: str, ndim: int | None = None) -> Tensor:
     """Check for a floating-point tensor; ``shape`` is how the message writes the shape.
 
-    Without ``ndim`` any tensor of at least one dimension passes.
+    Without ``ndim`` any tensor of at least one dimension passes. The last must not be empty.
     """
     expected = f"a floating-point tensor of shape {shape}"
     if not isinstance(value, Tensor):
-        raise TypeError(wrong(argument, expected, describe(value)))
+        remedy = f"torch.from_numpy({argument})" if isinstance(value, np.ndarray) else ""
+        raise TypeError(wrong(argument, expected, describe(value), remedy))
     if not value.is_floating_point():
-        raise TypeError(wrong(argument, expected, describe(value)))
+        raise TypeError(wrong(argument, expected, describe(value), f"call {argument}.float()"))
     if value.ndim == 0 or (ndim is not None and value.ndim != ndim):
         raise ValueError(wrong(argument, expected, describe(value)))
+    if value.shape[-1] == 0:
+        raise ValueError(wrong(argument, f"{expected}, the last size >= 1", describe(value)))
     return value
 
 
@@ -84,19 +96,23 @@ def check_same_shape(argument: str, value: Tensor, other: str, reference: Tensor
         raise ValueError(
             wrong(argument, f"the shape of {other}, {tuple(reference.shape)}", tuple(value.shape))
         )
+    check_same_device(argument, value, other, reference)
+
+
+def check_same_device(argument: str, value: Tensor, other: str, reference: Tensor) -> None:
+    """Check that two tensors are on one device."""
     if value.device != reference.device:
-        raise ValueError(
-            wrong(argument, f"the device of {other}, {reference.device}", value.device)
-        )
+        expected = f"the device of {other}, {reference.device}"
+        raise ValueError(wrong(argument, expected, value.device, "move one of the two"))
 
 
-def check_target(target: object, batch: int, n_classes: int, device: torch.device) -> Tensor:
-    """Check class indices of shape ``(batch,)``.
+def check_target(target: object, batch: int, n_classes: int | None, device: torch.device) -> Tensor:
+    """Check class indices of shape ``(batch,)``; ``None``: the number of classes is not known yet.
 
     The range is checked on the CPU only: on an accelerator the look would stall the device, and
     PyTorch's own index check reports the fault there.
     """
-    expected = f"int64 class indices of shape ({batch},)"
+    expected = f"a tensor of int64 class indices of shape ({batch},)"
     if not isinstance(target, Tensor):
         raise TypeError(wrong("target", expected, describe(target)))
     if target.dtype != torch.int64:
@@ -105,7 +121,7 @@ def check_target(target: object, batch: int, n_classes: int, device: torch.devic
         raise ValueError(wrong("target", expected, describe(target)))
     if target.device != device:
         raise ValueError(wrong("target", f"a tensor on {device}", f"one on {target.device}"))
-    if target.device.type == "cpu" and batch > 0:
+    if n_classes is not None and target.device.type == "cpu" and batch > 0:
         lowest, highest = (int(bound) for bound in torch.aminmax(target))
         if lowest < 0 or highest >= n_classes:
             outside = lowest if lowest < 0 else highest

@@ -8,7 +8,7 @@ reaches :math:`e^{28}` at the paper's T = 0.07, where textbook formulas lose eve
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from calibclip._checks import (
     check_choice,
     check_floating,
     check_number,
+    check_same_device,
     check_same_shape,
     describe,
     wrong,
@@ -24,7 +25,20 @@ from calibclip._checks import (
 from calibclip._kernels import dirichlet_kl_parts
 
 Reduction = Literal["none", "mean", "sum"]
+REDUCTIONS = get_args(Reduction)
 Implementation = Literal["auto", "eager", "reference", "torch_distributions"]
+
+
+def float32_product(image_features: Tensor, text_features: Tensor) -> Tensor:
+    """Multiply ``(B, D)`` by ``(C, D)`` transposed in full float32, whatever the user's settings.
+
+    Autocast would round the factors to half precision, and a lowered
+    ``torch.set_float32_matmul_precision`` to 10 bits or fewer: then the product is in float64.
+    """
+    dtype = torch.promote_types(image_features.dtype, text_features.dtype)
+    exact = torch.float64 if torch.get_float32_matmul_precision() != "highest" else dtype
+    with torch.autocast(image_features.device.type, enabled=False):
+        return (image_features.to(exact) @ text_features.to(exact).T).to(dtype)
 
 
 def cosine_similarity(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -33,7 +47,8 @@ def cosine_similarity(image_features: Tensor, text_features: Tensor) -> Tensor:
     .. math:: c_{ik} = \frac{\langle f_i, t_k \rangle}{\lVert f_i \rVert \, \lVert t_k \rVert}
 
     A cosine rounded to float16 moves :math:`\ln\alpha` by up to 0.003 at T = 0.07, to bfloat16 by
-    0.03: more than the alignment loss resolves. So the features are upcast before the product.
+    0.03: more than the alignment loss resolves. So the features are upcast before the product, and
+    a lowered ``torch.set_float32_matmul_precision`` does not reach it.
 
     Args:
         image_features: Shape ``(B, D)``, any floating dtype, any length.
@@ -44,7 +59,7 @@ def cosine_similarity(image_features: Tensor, text_features: Tensor) -> Tensor:
 
     Raises:
         TypeError: An argument is not a floating-point tensor.
-        ValueError: An argument is not 2-D, or the feature sizes differ.
+        ValueError: An argument is not 2-D, or the feature sizes or devices differ.
 
     Example:
         >>> image = torch.tensor([[3.0, 4.0]], dtype=torch.bfloat16)
@@ -56,18 +71,18 @@ def cosine_similarity(image_features: Tensor, text_features: Tensor) -> Tensor:
     if image_features.shape[1] != text_features.shape[1]:
         expected = f"features of size {text_features.shape[1]}, as text_features"
         raise ValueError(wrong("image_features", expected, describe(image_features)))
+    check_same_device("text_features", text_features, "image_features", image_features)
     dtype = torch.promote_types(image_features.dtype, text_features.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
-    with torch.autocast(image_features.device.type, enabled=False):
-        image = nn.functional.normalize(image_features.to(dtype), dim=-1)
-        text = nn.functional.normalize(text_features.to(dtype), dim=-1)
-        return image @ text.T
+    image = nn.functional.normalize(image_features.to(dtype), dim=-1)
+    text = nn.functional.normalize(text_features.to(dtype), dim=-1)
+    return float32_product(image, text)
 
 
 def log_concentration(
     cosine: Tensor, temperature: float = 0.07, *, logit_scale: float = 1.0
 ) -> Tensor:
-    r"""Dirichlet concentrations of CLIP's cosines.
+    r"""Dirichlet concentrations of CLIP's cosines, or of its logits if ``logit_scale`` is given.
 
     .. math:: \ln \alpha_k = \frac{c_k + 1}{T}, \qquad c_k = z_k / s
 
@@ -93,8 +108,8 @@ def log_concentration(
 
     References:
         Lu et al. (2025), "Calibrating Uncertainty for Zero-Shot Adversarial CLIP",
-        https://arxiv.org/abs/2512.12997 (there :math:`\tau' = 0.07`, and ``1e-6`` is added to
-        :math:`\alpha`, a relative change below float32's resolution).
+        https://arxiv.org/abs/2512.12997 (there :math:`\tau' = 0.07`, and 1e-6 is added to
+        :math:`\alpha`, which at CLIP's cosines changes no float32 digit).
     """
     check_floating("cosine", cosine, shape="(..., C)")
     temperature = check_number("temperature", temperature, above=0)
@@ -104,7 +119,7 @@ def log_concentration(
 
 
 class DirichletHead(nn.Module):
-    r"""``log_concentration`` with its two numbers kept.
+    r"""``log_concentration`` with its two numbers kept; takes cosines unless told a scale.
 
     Args:
         temperature: T > 0.
@@ -155,19 +170,21 @@ def dirichlet_kl(
     (``docs/closed-form.md``). The *other* direction is the call with the arguments exchanged.
 
     Args:
-        log_alpha: :math:`\ln\alpha`, shape ``(..., C)``, from -60 to 80.
+        log_alpha: :math:`\ln\alpha`, shape ``(..., C)``, up to 80. The accuracy is for
+            :math:`\alpha \ge 1`, as CLIP gives it; below, a row in which one class holds nearly all
+            concentration and alone changes loses digits.
         log_beta: :math:`\ln\beta`, the same shape. Gradients flow to both arguments; detach what is
             a reference.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
         impl: ``"auto"`` and ``"eager"`` are the closed form with its closed-form gradient, which
             keeps no tensor of the inputs' size and differentiates once. ``"reference"`` is the
             same in float64. ``"torch_distributions"`` is the textbook formula in the inputs' dtype,
-            as in published code, for comparison.
+            as in published code, for comparison; torch checks its arguments and rejects NaN.
 
     Returns:
         Shape ``(...,)`` for ``"none"``, else 0-d. float32, or float64 for float64 input or
         ``impl="reference"``. NaN inputs give NaN in their rows. The value of a row overflows to
-        infinity where the divergence itself does.
+        infinity where the divergence itself does. A second derivative raises ``RuntimeError``.
 
     Raises:
         TypeError: An argument is not a floating-point tensor.
@@ -187,7 +204,7 @@ def dirichlet_kl(
     check_floating("log_alpha", log_alpha, shape="(..., C)")
     check_floating("log_beta", log_beta, shape="(..., C)")
     check_same_shape("log_beta", log_beta, "log_alpha", log_alpha)
-    check_choice("reduction", reduction, ("none", "mean", "sum"))
+    check_choice("reduction", reduction, REDUCTIONS)
     shape, evidence = dirichlet_kl_parts(log_alpha, log_beta, impl=impl)
     return reduce(shape + evidence, reduction)
 
@@ -215,7 +232,8 @@ def _simplex(log_alpha: Tensor) -> _Simplex:
     check_floating("log_alpha", log_alpha, shape="(..., C)")
     log_alpha = log_alpha.to(torch.promote_types(log_alpha.dtype, torch.float32))
     top, where = log_alpha.max(-1, keepdim=True)
-    gap = log_alpha - top
+    # A constant 0 at the largest, so that its gradient is not left over from equal terms.
+    gap = (log_alpha - top).scatter(-1, where, 0.0)
     # The largest class is left out of the sum: next to its 1, shares below 6e-8 would vanish, and
     # with them the uncertainty of every confident prediction.
     others = torch.exp(gap).scatter(-1, where, 0.0).sum(-1, keepdim=True)
@@ -238,7 +256,12 @@ def _digamma_excess(log_x: Tensor) -> Tensor:
 
 
 def _normalized(value: Tensor, log_alpha: Tensor, normalize: bool) -> Tensor:
-    return value / math.log(log_alpha.shape[-1]) if normalize else value
+    if not normalize:
+        return value
+    if log_alpha.shape[-1] < 2:
+        expected = "at least two classes, for ln C > 0"
+        raise ValueError(wrong("log_alpha", expected, describe(log_alpha), "pass normalize=False"))
+    return value / math.log(log_alpha.shape[-1])
 
 
 def predictive_entropy(log_alpha: Tensor, *, normalize: bool = False) -> Tensor:
@@ -281,7 +304,8 @@ def aleatoric_uncertainty(log_alpha: Tensor, *, normalize: bool = False) -> Tens
 
     Returns:
         Nats (or the share of :math:`\ln C`), shape ``(...,)``, float32 or float64; relative error
-        about 1e-6 in float32 for :math:`\alpha` from 1 to :math:`e^{30}` and beyond.
+        about 1e-6 in float32 for :math:`\alpha` from 1 to :math:`e^{30}` and beyond. Far below 1
+        digits are lost, as psi itself diverges there.
 
     Raises:
         TypeError: ``log_alpha`` is not a floating-point tensor.
@@ -342,8 +366,8 @@ def epistemic_uncertainty(log_alpha: Tensor, *, normalize: bool = False) -> Tens
 
     Args:
         log_alpha: :math:`\ln\alpha`, shape ``(..., C)``.
-        normalize: Divide by :math:`\ln C`. EU is a share already; this is for comparison with the
-            paper's code, which divides by it.
+        normalize: Divide by :math:`\ln C`, for uniformity with the other measures; EU is a share
+            already.
 
     Returns:
         Shape ``(...,)``, float32 or float64.

@@ -27,10 +27,14 @@ from calibclip._checks import (
 )
 from calibclip._modules import evaluation_mode
 from calibclip._resize import resize
+from calibclip.dirichlet import float32_product
 
 # What open_clip assumes for a model that carries no statistics of its own.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# What a resize with overshoot may leave outside [0, 1] before anybody has forgotten to divide.
+VALUE_TOLERANCE = 0.1
 
 # Bounds the memory of the text pass: 21k classes with 80 templates are 1.7 million prompts.
 PROMPTS_PER_BATCH = 256
@@ -59,8 +63,9 @@ class ZeroShotClassifier(nn.Module):
     one. A plain function or lambda would keep using the original's weights, so the copy raises.
 
     **Training.** ``text_features`` and ``logit_scale`` are constants read once. If the logit scale
-    trains, use ``model.logit_scale.exp() * classifier.cosines(images)``, or assign
-    ``classifier.logit_scale`` after a step; if the text tower trains, build a new classifier.
+    trains, use ``model.logit_scale.exp() * classifier.cosines(images)``, or assign its value to
+    ``classifier.logit_scale``, as a float, after a step; if the text tower trains, build a new
+    classifier.
 
     Args:
         model: The module that holds the weights ``encode_image`` uses. Registered, so that
@@ -143,7 +148,7 @@ class ZeroShotClassifier(nn.Module):
         # Past nn.Module's registration: a module given here belongs to `model` already, and a
         # second entry would double its names in state_dict().
         self.__dict__["encode_image"] = encode_image
-        self.logit_scale = check_number("logit_scale", logit_scale, above=0)
+        self.logit_scale = logit_scale
         self.class_names = _check_strings("class_names", class_names)
         self.templates = tuple(templates)
         self.image_size = None if image_size is None else _check_image_size(image_size)
@@ -317,15 +322,15 @@ class ZeroShotClassifier(nn.Module):
 
         Args:
             images: Floating point, shape ``(B, 3, H, W)``, values in [0, 1], any ``H`` and ``W``.
-                The value range is not looked at: that would stall an accelerator.
+                The value range is looked at on a CPU only: it would stall an accelerator.
 
         Returns:
             Shape ``(B, K)``, float32 (float64 for a float64 classifier).
 
         Raises:
             TypeError: Images that are not a floating-point tensor.
-            ValueError: Images of another shape or on another device than the classifier, or
-                features that do not fit the text features.
+            ValueError: Images of another shape or on another device than the classifier, values
+                outside [0, 1], or features that do not fit the text features.
         """
         return self.logit_scale * self.cosines(images)
 
@@ -341,15 +346,17 @@ class ZeroShotClassifier(nn.Module):
                     "take both encoders from one model, after its projections",
                 )
             )
-        with torch.autocast(features.device.type, enabled=False):
-            return features @ self.text_features.T
+        return float32_product(features, self.text_features)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the L2-normalised image features, shape ``(B, D)``; see forward.
 
         Features as the model gives them are ``encode_image(preprocess(images))``.
         """
-        features = self.encode_image(self.preprocess(images))
+        images = self.preprocess(images)
+        if len(images) == 0:  # which not every encoder takes
+            return self.text_features.new_zeros((0, self.text_features.shape[1]))
+        features = self.encode_image(images)
         return _unit_rows("encode_image", features, self.text_features.dtype)
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -369,6 +376,15 @@ class ZeroShotClassifier(nn.Module):
         if self.image_size is not None:
             images = resize(images, self.image_size, self.interpolation, self.resize_mode)
         return ((images - self.mean) / self.std).to(self._weight_dtype())
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor from cosines to logits."""
+        return self._logit_scale
+
+    @logit_scale.setter
+    def logit_scale(self, value: float) -> None:
+        self._logit_scale = check_number("logit_scale", value, above=0)
 
     @property
     def prompts(self) -> tuple[tuple[str, ...], ...]:
@@ -424,7 +440,7 @@ class ZeroShotClassifier(nn.Module):
         if not images.is_floating_point():
             remedy = "for 8-bit images pass images.float() / 255"
             raise TypeError(wrong("images", expected, describe(images), remedy))
-        if images.ndim != 4 or images.shape[1] != 3:
+        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
             raise ValueError(wrong("images", expected, describe(images)))
         if images.device != self.mean.device:
             raise ValueError(
@@ -435,6 +451,13 @@ class ZeroShotClassifier(nn.Module):
                     "move one of the two",
                 )
             )
+        # Plain tensors only: one that a compiler is tracing with has no values.
+        if images.device.type == "cpu" and type(images) is Tensor and images.numel() > 0:
+            lowest, highest = (float(bound) for bound in torch.aminmax(images.detach()))
+            if lowest < -VALUE_TOLERANCE or highest > 1 + VALUE_TOLERANCE:
+                remedy = "pass pixels / 255 and leave the normalisation to the classifier"
+                got = f"values in [{lowest:.4g}, {highest:.4g}]"
+                raise ValueError(wrong("images", "values in [0, 1]", got, remedy))
 
 
 def clean_class_name(name: str) -> str:
@@ -446,10 +469,15 @@ def clean_class_name(name: str) -> str:
     Returns:
         The name as it goes into a prompt.
 
+    Raises:
+        TypeError: ``name`` is not a string.
+
     Example:
         >>> clean_class_name("Egyptian_cat/Sphynx  cat")
         'egyptian cat sphynx cat'
     """
+    if not isinstance(name, str):
+        raise TypeError(wrong("name", "a string", describe(name)))
     return " ".join(name.lower().translate(str.maketrans("_-/", "   ")).split())
 
 

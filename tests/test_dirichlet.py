@@ -394,9 +394,46 @@ def test_bad_arguments_of_the_head(call, error, message):
 
 @pytest.mark.parametrize("measure", MEASURES, ids=lambda m: m.__name__)
 def test_bad_arguments_of_the_measures(measure):
-    with pytest.raises(TypeError, match=r"^log_alpha: .* got int64 tensor of shape \(3,\)$"):
+    with pytest.raises(
+        TypeError, match=r"^log_alpha: .* got int64 tensor .*; call log_alpha.float\(\)$"
+    ):
         measure(torch.ones(3).long())
     with pytest.raises(TypeError, match=r"^log_alpha: .* got list \[1\.0\]$"):
         measure([1.0])
     with pytest.raises(ValueError, match=r"^log_alpha: .* got float32 tensor of shape \(\)$"):
         measure(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"^log_alpha: .* the last size >= 1, got .* \(2, 0\)$"):
+        measure(torch.ones(2, 0))
+    with pytest.raises(ValueError, match=r"^log_alpha: expected at least two classes, .* \(3, 1\)"):
+        measure(torch.ones(3, 1), normalize=True)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_cosines_do_not_follow_a_lowered_matmul_precision(precision):
+    generator = torch.Generator().manual_seed(0)
+    image, text = (torch.randn(n, 512, generator=generator) for n in (32, 64))
+    want = cosine_similarity(image.double(), text.double())
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        got = cosine_similarity(image, text)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-7)
+
+
+def test_cosines_of_features_on_two_devices():
+    with pytest.raises(ValueError, match=r"^text_features: .* cpu, got meta; move one of the two$"):
+        cosine_similarity(torch.ones(2, 3), torch.ones(4, 3, device="meta"))
+
+
+@pytest.mark.parametrize("measure", [predictive_entropy, aleatoric_uncertainty])
+def test_gradient_of_a_confident_row(measure):
+    """The largest class's own entropy gradient is 1e-12 of the terms that cancel around it."""
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        log_alpha = torch.tensor([30.0, 0.0, 0.0], dtype=dtype, requires_grad=True)
+        measure(log_alpha).backward()
+        grads.append(log_alpha.grad.double())
+    assert (grads[0] - grads[1]).norm() <= 1e-5 * grads[1].norm()

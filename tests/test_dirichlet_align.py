@@ -601,14 +601,12 @@ def test_module_passes_every_option_on():
 
 
 def test_module_shows_its_options():
-    assert repr(DirichletAlignLoss()) == (
-        "DirichletAlignLoss(logit_scale=100, temperature=0.07, weight=the paper's, "
-        "direction='reverse')"
+    loss = DirichletAlignLoss(14.0, weight=0.25, direction="forward", reduction="sum")
+    assert repr(loss) == (
+        "DirichletAlignLoss(logit_scale=14.0, temperature=0.07, weight=0.25, relative_weight=None, "
+        "direction='forward', detach_ref=True, reduction='sum', impl='auto')"
     )
-    assert "weight=170 / mean alpha_0(ref)" in repr(DirichletAlignLoss(relative_weight=170.0))
-    assert "weight=0.25, direction='forward'" in repr(
-        DirichletAlignLoss(weight=0.25, direction="forward")
-    )
+    assert repr(eval(repr(loss))) == repr(loss)
 
 
 # Errors
@@ -620,15 +618,27 @@ ADV, REF, TARGET = torch.ones(2, 3), torch.ones(2, 3), torch.tensor([0, 2])
     ("inputs", "error", "message"),
     [
         ((ADV.tolist(), REF), TypeError, r"^logits_adv: .* shape \(B, C\), got list"),
-        ((ADV.long(), REF), TypeError, r"^logits_adv: .* got int64 tensor of shape \(2, 3\)$"),
-        ((ADV, REF.long()), TypeError, r"^logits_ref: .* got int64 tensor of shape \(2, 3\)$"),
+        (
+            (ADV.long(), REF),
+            TypeError,
+            r"^logits_adv: .* got int64 tensor .*; call logits_adv.float",
+        ),
+        (
+            (ADV, REF.long()),
+            TypeError,
+            r"^logits_ref: .* got int64 tensor .*; call logits_ref.float",
+        ),
         ((ADV[0], REF[0]), ValueError, r"^logits_adv: .* \(B, C\), got float32 .* \(3,\)$"),
         ((torch.tensor(1.0), REF), ValueError, r"^logits_adv: .* of shape \(\)$"),
         ((ADV, REF[None]), ValueError, r"^logits_ref: .* \(B, C\), got float32 .* \(1, 2, 3\)$"),
         ((ADV, REF[:, :2]), ValueError, r"^logits_ref: .* logits_adv, \(2, 3\), got \(2, 2\)$"),
         ((ADV, REF[:1]), ValueError, r"^logits_ref: .* logits_adv, \(2, 3\), got \(1, 3\)$"),
         ((ADV, REF.to("meta")), ValueError, r"^logits_ref: .* device of logits_adv, cpu, got meta"),
-        ((ADV, REF, [0, 2]), TypeError, r"^target: expected int64 .* \(2,\), got list \[0, 2\]$"),
+        (
+            (ADV, REF, [0, 2]),
+            TypeError,
+            r"^target: expected a tensor .* \(2,\), got list \[0, 2\]$",
+        ),
         ((ADV, REF, TARGET.int()), TypeError, r"^target: .*int32.*; call target\.long\(\)$"),
         ((ADV, REF, TARGET.float()), TypeError, r"^target: .* got float32 .*; call target\.long"),
         ((ADV, REF, TARGET[:1]), ValueError, r"^target: .* shape \(2,\), got int64 .* \(1,\)$"),
@@ -677,3 +687,8 @@ def test_bad_options(options, error, message):
         dirichlet_align_loss(ADV, REF, TARGET, **options)
     with pytest.raises(error, match=message):
         DirichletAlignLoss(**options)
+
+
+def test_detach_ref_is_a_bool():
+    with pytest.raises(TypeError, match=r"^detach_ref: expected True or False, got str 'no'$"):
+        DirichletAlignLoss(detach_ref="no")

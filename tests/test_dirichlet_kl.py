@@ -668,7 +668,7 @@ def test_nan_stays_in_its_row(dtype, shift, sd):
             torch.ones(2, 3).long(),
             torch.ones(2, 3),
             TypeError,
-            r"got int64 tensor of shape \(2, 3\)$",
+            r"got int64 tensor of shape \(2, 3\); call log_alpha.float\(\)$",
         ),
         (torch.ones(2, 3), np.ones((2, 3)), TypeError, r"^log_beta: .* got float64 array of shape"),
         (torch.tensor(1.0), torch.tensor(1.0), ValueError, r"\(\.\.\., C\), got float32 .* \(\)$"),
@@ -679,7 +679,7 @@ def test_nan_stays_in_its_row(dtype, shift, sd):
             torch.ones(3),
             torch.ones(3, device="meta"),
             ValueError,
-            "of log_alpha, cpu, got meta$",
+            "of log_alpha, cpu, got meta; move one of the two$",
         ),
     ],
 )

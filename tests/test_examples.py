@@ -20,10 +20,14 @@ def test_finetune_digits_runs_and_reports(tmp_path):
     for name in ("original", "cross-entropy (TeCoA)", "Dirichlet alignment"):
         assert name in run.stdout
     outcomes = json.loads((tmp_path / "outcomes.json").read_text())["outcomes"]
-    # Chance is 0.1: the quick form learns, and the attack bites.
-    assert outcomes["original"]["clean"]["accuracy"] > 0.2
-    assert outcomes["original"]["attacked"]["accuracy"] < outcomes["original"]["clean"]["accuracy"]
-    for pair in outcomes.values():
+    # Chance is 0.1: the model learns, the attack breaks it, and either fine-tuning helps.
+    original = outcomes.pop("original")
+    assert original["clean"]["accuracy"] > 0.35
+    assert original["attacked"]["accuracy"] < 0.2
+    for tuned in outcomes.values():
+        assert tuned["clean"]["accuracy"] > 0.25
+        assert tuned["attacked"]["accuracy"] > original["attacked"]["accuracy"] + 0.03
+    for pair in (original, *outcomes.values()):
         for outcome in pair.values():
             assert 0 <= outcome["ece"] <= 1
             assert 0 < outcome["aleatoric"] <= 2.3026

@@ -158,7 +158,7 @@ class TestRefusals:
             metric(probs=PROBS, target=[0])
 
     def test_target_shape_and_range(self, metric):
-        start = "target: expected int64 class indices of shape (40,), got "
+        start = "target: expected a tensor of int64 class indices of shape (40,), got "
         with pytest.raises(ValueError, match=message(start + "int64 tensor of shape (39,)")):
             metric(probs=PROBS, target=TARGET[1:])
         with pytest.raises(ValueError, match=message(start + "int64 tensor of shape (40, 5)")):

@@ -591,3 +591,27 @@ def test_feature_errors():
     model.encode_text = lambda tokens: (tokens, tokens)
     with pytest.raises(TypeError, match=r"^encode_text: .* shape \(N, D\), got tuple"):
         from_clip(model)
+
+
+def test_an_empty_batch():
+    classifier = from_clip(tiny_clip())
+    assert classifier(torch.rand(0, 3, 32, 32)).shape == (0, len(classifier.class_names))
+
+
+@pytest.mark.parametrize("images", [255 * torch.rand(2, 3, 32, 32), torch.randn(2, 3, 32, 32)])
+def test_images_outside_the_range(images):
+    with pytest.raises(ValueError, match=r"^images: expected values in \[0, 1\], got values in \["):
+        from_clip(tiny_clip())(images)
+
+
+def test_logit_scale_is_a_checked_float():
+    classifier = from_clip(tiny_clip())
+    classifier.logit_scale = 50
+    assert classifier.logit_scale == 50.0
+    with pytest.raises(TypeError, match=r"^logit_scale: .*; pass float\(logit_scale\)$"):
+        classifier.logit_scale = torch.tensor(50.0)
+
+
+def test_a_class_name_is_a_string():
+    with pytest.raises(TypeError, match=r"^name: expected a string, got int 3$"):
+        clean_class_name(3)

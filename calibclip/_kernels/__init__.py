@@ -33,7 +33,7 @@ def dirichlet_kl_parts(
     check_choice("impl", impl, IMPLEMENTATIONS)
     if not isinstance(log_weight, Tensor):
         log_weight = torch.tensor(log_weight, dtype=scalar_dtype(first.device))
-    if impl == "torch_distributions":
+    if impl == "torch_distributions" and first.numel() > 0:  # which rejects an empty batch
         return _torch_distributions(first, second, scale, shift, log_weight)
     if impl == "reference":
         first, second = first.double(), second.double()

@@ -61,7 +61,8 @@ def margin(logits: Tensor, target: Tensor) -> Tensor:
 
     References:
         Carlini and Wagner (2017), Towards evaluating the robustness of neural networks,
-        objective f6 with its sign reversed and without the hinge, https://arxiv.org/abs/1608.04644
+        objective f6 for the true class in place of the target's, without the hinge, and maximised,
+        https://arxiv.org/abs/1608.04644
     """
     logits = at_least_float32(logits)
     own = target.unsqueeze(1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from calibclip._checks import (
     check_choice,
     check_count,
+    check_flag,
     check_floating,
     check_number,
     check_target,
@@ -260,10 +261,10 @@ class PGD:
     if it is the sole misclassified iterate or ``steps`` is 0. A success found by any restart is
     kept.
 
-    **Randomness.** The start of a sample depends on ``seed``, on its own pixels and on the restart
-    only: not on the rest of the batch nor on the global random state. The same image therefore
-    gets the same start in every call. For training pass a ``generator``: each call then draws its
-    seed from it.
+    **Randomness.** The start of a sample depends on ``seed``, its own pixels, the restart and the
+    kind of device only: not on the rest of the batch nor on the global random state. The same image
+    therefore gets the same start in every call. For training pass a ``generator``: each call then
+    draws its seed from it.
 
     **The model** is any callable from images ``(B, ...)`` to logits ``(B, K)``. An ``nn.Module``
     runs in eval mode with frozen parameters and is restored afterwards, also after an error. A
@@ -333,6 +334,8 @@ class PGD:
             raise ValueError(wrong("bounds", "(low, high) with low < high", (low, high)))
         object.__setattr__(self, "bounds", (low, high))
         check_choice("select", self.select, SELECTIONS)
+        for flag in ("random_start", "stop_when_fooled", "targeted"):
+            check_flag(flag, getattr(self, flag))
         check_count("seed", self.seed, at_least=0)
 
     def __call__(
@@ -363,7 +366,6 @@ class PGD:
             attacked, feasible, starts = self._begin(model, images, target, generator)
             clean = feasible.images
             if len(clean) == 0:
-                check_target(target, 0, 1, clean.device)
                 return _nothing_to_attack(clean)
             never = torch.full((len(clean),), -1, device=clean.device)
             best, steps_to_success = self._climb(attacked, feasible, next(starts), None, never)
@@ -418,6 +420,8 @@ class PGD:
         if not callable(model):
             raise TypeError(wrong("model", "a callable from images to logits", describe(model)))
         clean = _check_images(images, self.bounds)
+        # How many classes there are the model will tell; the rest can be checked now.
+        check_target(target, len(clean), None, clean.device)
         seed = _draw_seed(generator, self.seed)
         attacked = _Model(model, target, resolve_objective(self.objective), self.targeted)
         feasible = FeasibleSet(clean, self.eps, self.norm, self.bounds)

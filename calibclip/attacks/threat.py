@@ -165,6 +165,7 @@ def sample_keys(images: Tensor) -> list[int]:
     """
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[images.element_size()]
     bits = images.view(words).flatten(1).long()
+    # splitmix64's constants with their top bits cleared, as int64 has no more; any mixing will do.
     weight = torch.arange(1, bits.shape[1] + 1, device=images.device) * 0x1E3779B97F4A7C15
     weight = (weight ^ (weight >> 29)) * 0x3F58476D1CE4E5B9
     weight = (weight ^ (weight >> 32)) | 1

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from calibclip._checks import (
     check_choice,
+    check_flag,
     check_floating,
     check_number,
     check_same_shape,
     check_target,
     wrong,
 )
-from calibclip._kernels import dirichlet_kl_parts, scalar_dtype
-from calibclip.dirichlet import Implementation, Reduction, reduce
+from calibclip._kernels import IMPLEMENTATIONS, dirichlet_kl_parts, scalar_dtype
+from calibclip.dirichlet import REDUCTIONS, Implementation, Reduction, reduce
 
 Direction = Literal["reverse", "forward"]
 
@@ -85,9 +86,7 @@ def dirichlet_align_terms(
         check_target(target, batch, n_classes, logits_adv.device)
     logit_scale = check_number("logit_scale", logit_scale, above=0)
     temperature = check_number("temperature", temperature, above=0)
-    _check_weights(weight, relative_weight)
-    check_choice("direction", direction, ("reverse", "forward"))
-    check_choice("reduction", reduction, ("none", "mean", "sum"))
+    _check_options(weight, relative_weight, direction, detach_ref, reduction)
     if detach_ref:
         logits_ref = logits_ref.detach()
 
@@ -233,10 +232,8 @@ class DirichletAlignLoss(nn.Module):
         impl: Implementation = "auto",
     ) -> None:
         super().__init__()
-        _check_weights(weight, relative_weight)
-        check_choice("direction", direction, ("reverse", "forward"))
-        check_choice("reduction", reduction, ("none", "mean", "sum"))
-        check_choice("impl", impl, ("auto", "eager", "reference", "torch_distributions"))
+        _check_options(weight, relative_weight, direction, detach_ref, reduction)
+        check_choice("impl", impl, IMPLEMENTATIONS)
         self.logit_scale = check_number("logit_scale", logit_scale, above=0)
         self.temperature = check_number("temperature", temperature, above=0)
         self.weight, self.relative_weight = weight, relative_weight
@@ -270,14 +267,10 @@ class DirichletAlignLoss(nn.Module):
         return self.terms(logits_adv, logits_ref, target).total
 
     def extra_repr(self) -> str:
-        """Show the constructor's arguments that matter."""
-        weight = "the paper's" if self.weight is None else f"{self.weight:g}"
-        if self.relative_weight is not None:
-            weight = f"{self.relative_weight:g} / mean alpha_0(ref)"
-        return (
-            f"logit_scale={self.logit_scale:g}, temperature={self.temperature:g}, "
-            f"weight={weight}, direction={self.direction!r}"
-        )
+        """Show the constructor's arguments."""
+        names = ("logit_scale", "temperature", "weight", "relative_weight", "direction")
+        names += ("detach_ref", "reduction", "impl")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def _log(weight: float) -> float:
@@ -295,7 +288,16 @@ def _log_mean_strength(logits_ref: Tensor, logit_scale: float, temperature: floa
     return torch.logsumexp(rows, 0) - math.log(max(1, len(rows))) + 1 / temperature
 
 
-def _check_weights(weight: float | None, relative_weight: float | None) -> None:
+def _check_options(
+    weight: float | None,
+    relative_weight: float | None,
+    direction: str,
+    detach_ref: bool,
+    reduction: str,
+) -> None:
+    check_choice("direction", direction, ("reverse", "forward"))
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_flag("detach_ref", detach_ref)
     if weight is not None and relative_weight is not None:
         got = f"weight={weight!r} and relative_weight={relative_weight!r}"
         raise ValueError(wrong("weight", "weight or relative_weight, not both", got))
