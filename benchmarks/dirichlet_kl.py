@@ -260,8 +260,8 @@ def weighs() -> None:
     ]
     print("## What the loss weighs\n")
     print(
-        f"Synthetic cosines like OpenAI CLIP's, {batch}x{n_classes}: sd 0.02 around 0.18, one class "
-        "0.08 higher, differences of sd 0.01 unless stated.\n"
+        f"Synthetic cosines like OpenAI CLIP's, {batch}x{n_classes}: sd 0.02 around 0.18, one "
+        "class 0.08 higher, differences of sd 0.01 unless stated.\n"
     )
     table(["quantity", "value"], [list(line) for line in lines])
 
