@@ -694,3 +694,46 @@ def test_unknown_names():
         dirichlet_kl(row, row, "max")
     with pytest.raises(ValueError, match=r"^impl: expected one of 'auto', .*, got 'triton'$"):
         dirichlet_kl(row, row, impl="triton")
+
+
+def exact_evidence(log_alpha, log_beta):
+    """The evidence part of one row and its gradients: what is left when the shape's are taken."""
+    mp = oracles.mpmath
+    with mp.workdps(80):
+        kl, by_alpha, by_beta, shape = oracles.dirichlet_kl(log_alpha, log_beta)
+        alpha, beta = ([mp.exp(oracles.number(x)) for x in row] for row in (log_alpha, log_beta))
+        alpha_0, beta_0 = mp.fsum(alpha), mp.fsum(beta)
+        p, q = [a / alpha_0 for a in alpha], [b / beta_0 for b in beta]
+        shape_alpha = [beta_0 * (pk - qk) for pk, qk in zip(p, q, strict=True)]
+        shape_beta = [beta_0 * qk * mp.log(qk / pk) for pk, qk in zip(p, q, strict=True)]
+        pairs = ((by_alpha, shape_alpha), (by_beta, shape_beta))
+        grads = [[float(g - s) for g, s in zip(*pair, strict=True)] for pair in pairs]
+        return float(kl - shape), grads
+
+
+@pytest.mark.parametrize("common", [0.0, 0.3, -1.0])
+def test_evidence_alone_at_large_concentrations(common):
+    """Where CLIP is: no term of Stirling's series matters, and the shape lends its sums."""
+    generator = torch.Generator().manual_seed(3)
+    log_alpha = 17 + 0.5 * torch.randn(3, 40, generator=generator)
+    log_beta = log_alpha + common + 0.2 * torch.randn(3, 40, generator=generator)
+    inputs = [log_alpha.requires_grad_(), log_beta.requires_grad_()]
+    _, evidence = dirichlet_kl_parts(*inputs)
+    evidence.sum().backward()
+    for i in range(3):
+        value, grads = exact_evidence(*(row.detach()[i].tolist() for row in inputs))
+        assert evidence[i].item() == approx(value, rel=5e-6)
+        for row, grad in zip(inputs, grads, strict=True):
+            assert errors(row.grad[i : i + 1], [grad]) <= 5e-6
+
+
+def test_evidence_when_the_leading_class_alone_moves():
+    """The evidence of the total and of that class nearly cancel; what the others add must stay."""
+    generator = torch.Generator().manual_seed(4)
+    log_alpha = 17 + 0.1 * torch.randn(1, 40, generator=generator)
+    log_alpha[0, 7] = 35.0
+    log_beta = log_alpha + 0.01 * torch.randn(1, 40, generator=generator)
+    log_beta[0, 7] += 1.0
+    _, evidence = dirichlet_kl_parts(log_alpha, log_beta)
+    value, _ = exact_evidence(log_alpha[0].tolist(), log_beta[0].tolist())
+    assert evidence.item() == approx(value, rel=3e-4)
