@@ -1,6 +1,7 @@
 """Exact Dirichlet alignment losses, attacks and calibration metrics for CLIP under attack."""
 
 from calibclip import metrics
+from calibclip._prompts import clean_class_name
 from calibclip.attacks import PGD, AttackResult, pgd
 from calibclip.dirichlet import (
     DirichletHead,
@@ -19,7 +20,7 @@ from calibclip.losses import (
     dirichlet_align_loss,
     dirichlet_align_terms,
 )
-from calibclip.zero_shot import ZeroShotClassifier, clean_class_name
+from calibclip.zero_shot import ZeroShotClassifier
 
 __version__ = "0.1.0"
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from calibclip._checks import (
     check_choice,
@@ -25,7 +23,15 @@ from calibclip._checks import (
     describe,
     wrong,
 )
-from calibclip._modules import evaluation_mode
+from calibclip._prompts import (
+    check_distinct,
+    check_strings,
+    check_templates,
+    clean_class_name,
+    encode_classes,
+    fill,
+    unit_rows,
+)
 from calibclip._resize import resize
 from calibclip.dirichlet import float32_product
 
@@ -35,9 +41,6 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # What a resize with overshoot may leave outside [0, 1] before anybody has forgotten to divide.
 VALUE_TOLERANCE = 0.1
-
-# Bounds the memory of the text pass: 21k classes with 80 templates are 1.7 million prompts.
-PROMPTS_PER_BATCH = 256
 
 
 class ZeroShotClassifier(nn.Module):
@@ -149,7 +152,7 @@ class ZeroShotClassifier(nn.Module):
         # second entry would double its names in state_dict().
         self.__dict__["encode_image"] = encode_image
         self.logit_scale = logit_scale
-        self.class_names = _check_strings("class_names", class_names)
+        self.class_names = check_strings("class_names", class_names)
         self.templates = tuple(templates)
         self.image_size = None if image_size is None else _check_image_size(image_size)
         self.interpolation = interpolation
@@ -179,7 +182,7 @@ class ZeroShotClassifier(nn.Module):
         # A tensor made in inference mode could not be saved for the backward pass to the images.
         with torch.inference_mode(False), torch.no_grad():
             buffers = {
-                "text_features": _unit_rows("text_features", text_features, dtype),
+                "text_features": unit_rows("text_features", text_features, dtype),
                 "mean": _check_channels("mean", mean).to(dtype).to(text_features.device),
                 "std": _check_channels("std", std, above=0).to(dtype).to(text_features.device),
             }
@@ -273,11 +276,11 @@ class ZeroShotClassifier(nn.Module):
                     "to leave the bias out, set model.logit_bias = None",
                 )
             )
-        names = _check_strings("class_names", class_names)
+        names = check_strings("class_names", class_names)
         if clean_class_names:
             names = tuple(clean_class_name(name) for name in names)
-        _check_distinct(names, allow_duplicates)
-        _check_templates(templates)
+        check_distinct(names, allow_duplicates)
+        check_templates(templates)
 
         visual = clip.visual
         recorded = getattr(visual, "preprocess_cfg", None) or {}
@@ -310,7 +313,7 @@ class ZeroShotClassifier(nn.Module):
         return cls(
             model,
             clip.encode_image,
-            _encode_classes(model, clip.encode_text, tokenizer, names, templates),
+            encode_classes(model, clip.encode_text, tokenizer, names, templates),
             logit_scale=math.exp(clip.logit_scale.item()),
             class_names=names,
             templates=templates,
@@ -357,7 +360,7 @@ class ZeroShotClassifier(nn.Module):
         if len(images) == 0:  # which not every encoder takes
             return self.text_features.new_zeros((0, self.text_features.shape[1]))
         features = self.encode_image(images)
-        return _unit_rows("encode_image", features, self.text_features.dtype)
+        return unit_rows("encode_image", features, self.text_features.dtype)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Resize and normalise images in [0, 1] into the model's input; differentiable.
@@ -389,7 +392,7 @@ class ZeroShotClassifier(nn.Module):
     @property
     def prompts(self) -> tuple[tuple[str, ...], ...]:
         """The prompts of each class, one per template."""
-        return tuple(_fill(self.templates, name) for name in self.class_names)
+        return tuple(fill(self.templates, name) for name in self.class_names)
 
     def extra_repr(self) -> str:
         """Summarise the classifier in one line of the module's repr."""
@@ -458,109 +461,6 @@ class ZeroShotClassifier(nn.Module):
                 remedy = "pass pixels / 255 and leave the normalisation to the classifier"
                 got = f"values in [{lowest:.4g}, {highest:.4g}]"
                 raise ValueError(wrong("images", "values in [0, 1]", got, remedy))
-
-
-def clean_class_name(name: str) -> str:
-    """Lower-case a class name, turn ``_``, ``-`` and ``/`` into spaces and collapse white space.
-
-    Args:
-        name: A class name as a data set spells it.
-
-    Returns:
-        The name as it goes into a prompt.
-
-    Raises:
-        TypeError: ``name`` is not a string.
-
-    Example:
-        >>> clean_class_name("Egyptian_cat/Sphynx  cat")
-        'egyptian cat sphynx cat'
-    """
-    if not isinstance(name, str):
-        raise TypeError(wrong("name", "a string", describe(name)))
-    return " ".join(name.lower().translate(str.maketrans("_-/", "   ")).split())
-
-
-def _encode_classes(
-    model: nn.Module,
-    encode_text: Callable[[Tensor], Tensor],
-    tokenizer: Callable[[list[str]], Tensor],
-    class_names: Sequence[str],
-    templates: Sequence[str],
-) -> Tensor:
-    """Return the mean over templates of the normalised prompt features, shape ``(K, D)``."""
-    weight = next(model.parameters())
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    step = max(1, PROMPTS_PER_BATCH // len(templates))  # whole classes, so that means are local
-    means = []
-    with torch.no_grad(), evaluation_mode(model):
-        for start in range(0, len(class_names), step):
-            names = class_names[start : start + step]
-            prompts = [prompt for name in names for prompt in _fill(templates, name)]
-            tokens = _check_tokens(tokenizer(prompts), len(prompts)).to(weight.device)
-            with torch.autocast(weight.device.type, enabled=False):
-                features = _unit_rows("encode_text", encode_text(tokens), dtype)
-            means.append(features.view(len(names), len(templates), -1).mean(dim=1))
-    return torch.cat(means)
-
-
-def _unit_rows(argument: str, features: Tensor, dtype: torch.dtype) -> Tensor:
-    """Check an encoder's output, shape ``(N, D)``, and L2-normalise its rows in ``dtype``."""
-    check_floating(argument, features, shape="(N, D)", ndim=2)
-    return F.normalize(features.to(dtype), dim=-1)
-
-
-def _fill(templates: Sequence[str], name: str) -> tuple[str, ...]:
-    # replace, not format: other braces in a template are ordinary characters.
-    return tuple(template.replace("{}", name) for template in templates)
-
-
-def _check_strings(argument: str, values: Sequence[str]) -> tuple[str, ...]:
-    expected = "a non-empty list or tuple of strings"
-    if isinstance(values, str):
-        raise TypeError(wrong(argument, expected, describe(values), f"write [{values!r}]"))
-    if not isinstance(values, Sequence):
-        raise TypeError(wrong(argument, expected, type(values).__name__))
-    if len(values) == 0:
-        raise ValueError(wrong(argument, expected, "an empty one"))
-    for value in values:
-        if not isinstance(value, str):
-            raise TypeError(wrong(argument, expected, f"{describe(value)} in it"))
-    return tuple(values)
-
-
-def _check_distinct(names: Sequence[str], allow_duplicates: bool) -> None:
-    if not all(name.strip() for name in names):
-        raise ValueError(wrong("class_names", "names with letters or digits", "an empty name"))
-    repeated = [repr(name) for name, count in Counter(names).items() if count > 1]
-    if repeated and not allow_duplicates:
-        more = f" and {len(repeated) - 10} others" if len(repeated) > 10 else ""
-        raise ValueError(
-            wrong(
-                "class_names",
-                "distinct names after cleaning",
-                f"{', '.join(repeated[:10])}{more} more than once",
-                "tell the classes apart in their names, or pass allow_duplicates=True",
-            )
-        )
-
-
-def _check_templates(templates: Sequence[str]) -> None:
-    for template in _check_strings("templates", templates):
-        if template.count("{}") != 1:
-            raise ValueError(wrong("templates", "exactly one {} in each template", repr(template)))
-
-
-def _check_tokens(tokens: object, n_prompts: int) -> Tensor:
-    expected = f"an integer tensor of shape ({n_prompts}, L) from {n_prompts} prompts"
-    if not isinstance(tokens, Tensor):
-        remedy = "wrap the tokenizer so that it returns the token tensor"
-        raise TypeError(wrong("tokenizer", expected, type(tokens).__name__, remedy))
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise TypeError(wrong("tokenizer", expected, describe(tokens)))
-    if tokens.ndim != 2 or len(tokens) != n_prompts:
-        raise ValueError(wrong("tokenizer", expected, describe(tokens)))
-    return tokens
 
 
 def _check_image_size(image_size: int | Sequence[int]) -> tuple[int, int]:

@@ -112,7 +112,7 @@ def test_batches_of_prompts_do_not_change_the_features(monkeypatch):
     whole = from_clip(model, templates=TEMPLATES).text_features
     calls = []
     model.token_embedding.register_forward_hook(lambda *args: calls.append(len(args[1][0])))
-    monkeypatch.setattr("calibclip.zero_shot.PROMPTS_PER_BATCH", 7)
+    monkeypatch.setattr("calibclip._prompts.PROMPTS_PER_BATCH", 7)
     split = from_clip(model, templates=TEMPLATES).text_features
     assert calls == [6, 6]  # two whole classes of three prompts each
     torch.testing.assert_close(split, whole, atol=1e-6, rtol=0)

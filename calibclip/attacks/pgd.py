@@ -1,30 +1,30 @@
-"""Projected gradient descent: repeat a steepest step and a projection, keep the point asked for.
-
-The file reads from the bottom up: `pgd` and `PGD` are the loop, `_Model` is the model as the loop
-sees it, `_better` is the rule that picks one iterate per sample.
-"""
+"""Projected gradient descent: repeat a steepest step and a projection, keep the point asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calibclip._checks import (
     check_choice,
     check_count,
     check_flag,
-    check_floating,
     check_number,
     check_target,
     describe,
     wrong,
 )
-from calibclip._modules import evaluation_mode, frozen
+from calibclip.attacks._search import (
+    AttackedModel,
+    Iterate,
+    check_images,
+    draw_seed,
+    merge,
+    undisturbed,
+)
 from calibclip.attacks.objectives import Objective, at_least_float32, resolve_objective
 from calibclip.attacks.threat import NORMS, FeasibleSet, per_sample, sample_keys, stream_seed
 
@@ -63,159 +63,6 @@ class AttackResult:
         )
 
 
-class _Iterate(NamedTuple):
-    """Points that the model has judged. ``rank`` is the loss as selection sees it."""
-
-    images: Tensor
-    loss: Tensor
-    fooled: Tensor
-    rank: Tensor
-
-    def detach(self) -> _Iterate:
-        return self._replace(images=self.images.detach(), loss=self.loss.detach())
-
-
-def _better(challenger: _Iterate, incumbent: _Iterate, select: str) -> Tensor:
-    """Say for which samples the challenger replaces the incumbent.
-
-    A success beats a failure; among equals the higher rank wins, except that "first_success"
-    keeps the success it has.
-    """
-    gained = challenger.fooled & ~incumbent.fooled
-    stronger = (challenger.fooled == incumbent.fooled) & (challenger.rank > incumbent.rank)
-    if select == "first_success":
-        stronger &= ~incumbent.fooled
-    return gained | stronger
-
-
-def _merge(challenger: _Iterate, incumbent: _Iterate | None, select: str) -> _Iterate:
-    if incumbent is None:
-        return challenger
-    better = _better(challenger, incumbent, select)
-    return _Iterate(
-        *(
-            torch.where(per_sample(better, new), new, old)
-            for new, old in zip(challenger, incumbent, strict=True)
-        )
-    )
-
-
-@contextmanager
-def _undisturbed(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Open a context in which gradients flow to the images, and leave the model as it was.
-
-    A module runs in eval mode with frozen parameters, so that autograd neither computes nor stores
-    anything for them.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        if isinstance(model, nn.Module):
-            stack.enter_context(evaluation_mode(model))
-            stack.enter_context(frozen(model))
-        yield
-
-
-class _Model:
-    """The attacked model: judges points, differentiates the objective, counts passes."""
-
-    def __init__(
-        self,
-        model: Callable[[Tensor], Tensor],
-        target: Tensor,
-        objective: Objective,
-        targeted: bool,
-    ) -> None:
-        self.model, self.target = model, target
-        self.objective, self.targeted = objective, targeted
-        self.n_forward = self.n_backward = 0
-
-    def judge(self, points: Tensor, *, clean: bool = False) -> _Iterate:
-        """Run the model; with gradients enabled, the loss carries the graph back to ``images``."""
-        points = points.detach().requires_grad_(torch.is_grad_enabled())
-        logits = self._check_logits(self.model(points), len(points))
-        if self.n_forward == 0:
-            # The first moment at which the number of classes is known.
-            self.target = check_target(self.target, *logits.shape, device=logits.device).clone()
-        self.n_forward += 1
-        loss = self._check_loss(self.objective(logits, self.target))
-        hit = logits.argmax(dim=1) == self.target
-        if self.targeted:
-            loss = -loss
-        # A model that breaks down is no adversarial example: NaN is no success and ranks last.
-        # The clean image ranks last too, since a report on attacked images must not contain it.
-        broken = loss.isnan()
-        fooled = (hit if self.targeted else ~hit) & ~broken
-        rank = loss.detach().masked_fill(broken, -torch.inf)
-        if clean:
-            rank = torch.full_like(rank, -torch.inf)
-        return _Iterate(points, loss, fooled, rank)
-
-    def gradient(self, iterate: _Iterate) -> Tensor:
-        """Differentiate; the sum over the batch gives each sample its own gradient."""
-        gradient = None
-        if iterate.loss.requires_grad:
-            total = iterate.loss.sum()
-            (gradient,) = torch.autograd.grad(total, iterate.images, allow_unused=True)
-        if gradient is None:
-            raise ValueError(
-                wrong(
-                    "model",
-                    "logits that depend on the images through autograd",
-                    "logits without a gradient",
-                    "remove no_grad, detach or argmax from the model",
-                )
-            )
-        self.n_backward += 1
-        return gradient
-
-    def _check_logits(self, logits: object, batch: int) -> Tensor:
-        expected = f"logits of shape (B, K) with B = {batch}"
-        if not isinstance(logits, Tensor):
-            # The name of the type alone: a tuple of feature maps would print all of them.
-            got = type(logits).__name__
-            raise TypeError(wrong("model", expected, got, "return the logits only"))
-        if not logits.is_floating_point():
-            raise TypeError(wrong("model", expected, describe(logits)))
-        if logits.ndim != 2 or len(logits) != batch:
-            raise ValueError(wrong("model", expected, describe(logits)))
-        return at_least_float32(logits)
-
-    def _check_loss(self, loss: object) -> Tensor:
-        expected = f"a tensor of shape {tuple(self.target.shape)}"
-        if not isinstance(loss, Tensor):
-            raise TypeError(wrong("objective", expected, describe(loss)))
-        if loss.shape != self.target.shape:
-            raise ValueError(
-                wrong("objective", expected, describe(loss), "return one value per sample")
-            )
-        return loss
-
-
-def _check_images(images: object, bounds: tuple[float, float]) -> Tensor:
-    """Return a private copy of the clean images after the one look at their values."""
-    expected = "a floating-point tensor of shape (B, ...)"
-    if isinstance(images, Tensor) and not images.is_floating_point():
-        raise TypeError(wrong("images", expected, describe(images), "convert to float in [0, 1]"))
-    images = check_floating("images", images, shape="(B, ...)")
-    if images.ndim < 2:
-        raise ValueError(wrong("images", expected, describe(images), "add a batch dimension"))
-    # The clone is also what lets tensors made in inference mode take part in autograd.
-    images = images.detach().clone()
-    # Written with clamp, so that the bounds are rounded to the dtype as the attack rounds them.
-    if not bool((images == images.clamp(*bounds)).all()):
-        lowest, highest = (float(extreme) for extreme in torch.aminmax(images))
-        raise ValueError(
-            wrong(
-                "images",
-                f"values in [{bounds[0]:g}, {bounds[1]:g}]",
-                f"values in [{lowest:g}, {highest:g}]",
-                "attack images before normalisation, and normalise inside the model",
-            )
-        )
-    return images
-
-
 def _nothing_to_attack(images: Tensor) -> AttackResult:
     """Return the result for an empty batch, which no model needs to see."""
     loss = at_least_float32(images.new_empty(0))
@@ -227,14 +74,6 @@ def _nothing_to_attack(images: Tensor) -> AttackResult:
         n_forward=0,
         n_backward=0,
     )
-
-
-def _draw_seed(generator: torch.Generator | None, seed: int) -> int:
-    if generator is None:
-        return seed
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(wrong("generator", "a torch.Generator or None", describe(generator)))
-    return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
 
 
 @dataclass(frozen=True)
@@ -362,7 +201,7 @@ class PGD:
             ValueError: Images outside ``bounds``, classes out of range, a wrong shape, or logits
                 that do not depend on the images.
         """
-        with _undisturbed(model):
+        with undisturbed(model):
             attacked, feasible, starts = self._begin(model, images, target, generator)
             clean = feasible.images
             if len(clean) == 0:
@@ -388,12 +227,12 @@ class PGD:
 
     def _climb(
         self,
-        attacked: _Model,
+        attacked: AttackedModel,
         feasible: FeasibleSet,
         points: Tensor,
-        best: _Iterate | None,
+        best: Iterate | None,
         steps_to_success: Tensor,
-    ) -> tuple[_Iterate, Tensor]:
+    ) -> tuple[Iterate, Tensor]:
         """Run once from the given points; return the best iterate so far and the first success."""
         step = 0
         while True:
@@ -403,9 +242,9 @@ class PGD:
             first = iterate.fooled & (steps_to_success < 0)
             steps_to_success = steps_to_success.masked_fill(first, step)
             if last or (self.stop_when_fooled and bool(iterate.fooled.all())):
-                return _merge(iterate.detach(), best, self.select), steps_to_success
+                return merge(iterate.detach(), best, self.select), steps_to_success
             if self.select != "last":
-                best = _merge(iterate.detach(), best, self.select)
+                best = merge(iterate.detach(), best, self.select)
             points = self._advance(attacked, feasible, iterate)
             step += 1
 
@@ -415,15 +254,15 @@ class PGD:
         images: Tensor,
         target: Tensor,
         generator: torch.Generator | None,
-    ) -> tuple[_Model, FeasibleSet, Iterator[Tensor]]:
+    ) -> tuple[AttackedModel, FeasibleSet, Iterator[Tensor]]:
         """Check the arguments; return the model, the feasible set and the starts to come."""
         if not callable(model):
             raise TypeError(wrong("model", "a callable from images to logits", describe(model)))
-        clean = _check_images(images, self.bounds)
+        clean = check_images(images, self.bounds)
         # How many classes there are the model will tell; the rest can be checked now.
         check_target(target, len(clean), None, clean.device)
-        seed = _draw_seed(generator, self.seed)
-        attacked = _Model(model, target, resolve_objective(self.objective), self.targeted)
+        seed = draw_seed(generator, self.seed)
+        attacked = AttackedModel(model, target, resolve_objective(self.objective), self.targeted)
         feasible = FeasibleSet(clean, self.eps, self.norm, self.bounds)
         return attacked, feasible, self._starts(feasible, seed)
 
@@ -436,7 +275,7 @@ class PGD:
         for restart in range(self.restarts):
             yield feasible.random_points([stream_seed(seed, key, restart) for key in keys])
 
-    def _advance(self, attacked: _Model, feasible: FeasibleSet, iterate: _Iterate) -> Tensor:
+    def _advance(self, attacked: AttackedModel, feasible: FeasibleSet, iterate: Iterate) -> Tensor:
         """Return the next points."""
         step_size = self.eps / 4 if self.step_size is None else self.step_size
         gradient = attacked.gradient(iterate)
@@ -524,7 +363,7 @@ def pgd(
     )
     if select != "last" or restarts > 1:
         return attack(model, images, target, generator=generator).images
-    with _undisturbed(model):
+    with undisturbed(model):
         attacked, feasible, starts = attack._begin(model, images, target, generator)
         if len(feasible.images) == 0:
             return feasible.images
