@@ -40,7 +40,10 @@ def check_number(
         raise TypeError(wrong(argument, expected, describe(value), f"pass float({argument})"))
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(wrong(argument, expected, describe(value)))
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     too_low = (above is not None and not number > above) or (
         at_least is not None and not number >= at_least
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from calibclip._checks import (
     check_choice,
+    check_flag,
     check_floating,
     check_number,
     check_same_device,
@@ -22,11 +23,10 @@ from calibclip._checks import (
     describe,
     wrong,
 )
-from calibclip._kernels import dirichlet_kl_parts
+from calibclip._kernels import Implementation, dirichlet_kl_parts
 
 Reduction = Literal["none", "mean", "sum"]
 REDUCTIONS = get_args(Reduction)
-Implementation = Literal["auto", "eager", "reference", "torch_distributions"]
 
 
 def float32_product(image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -170,7 +170,8 @@ def dirichlet_kl(
     (``docs/closed-form.md``). The *other* direction is the call with the arguments exchanged.
 
     Args:
-        log_alpha: :math:`\ln\alpha`, shape ``(..., C)``, up to 80. The accuracy is for
+        log_alpha: :math:`\ln\alpha`, shape ``(..., C)``. In float32 it runs from -87 to where
+            :math:`\ln\alpha_0` is 88; beyond, the result is infinite or NaN. The accuracy is for
             :math:`\alpha \ge 1`, as CLIP gives it; below, a row in which one class holds nearly all
             concentration and alone changes loses digits.
         log_beta: :math:`\ln\beta`, the same shape. Gradients flow to both arguments; detach what is
@@ -183,8 +184,8 @@ def dirichlet_kl(
 
     Returns:
         Shape ``(...,)`` for ``"none"``, else 0-d. float32, or float64 for float64 input or
-        ``impl="reference"``. NaN inputs give NaN in their rows. The value of a row overflows to
-        infinity where the divergence itself does. A second derivative raises ``RuntimeError``.
+        ``impl="reference"``. NaN inputs give NaN in their rows. A second derivative raises
+        ``RuntimeError``, and so do the transforms of ``torch.func``.
 
     Raises:
         TypeError: An argument is not a floating-point tensor.
@@ -256,6 +257,7 @@ def _digamma_excess(log_x: Tensor) -> Tensor:
 
 
 def _normalized(value: Tensor, log_alpha: Tensor, normalize: bool) -> Tensor:
+    check_flag("normalize", normalize)
     if not normalize:
         return value
     if log_alpha.shape[-1] < 2:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from calibclip._checks import (
     check_choice,
     check_count,
+    check_flag,
     check_floating,
     check_number,
     describe,
@@ -153,6 +154,8 @@ class ZeroShotClassifier(nn.Module):
         self.__dict__["encode_image"] = encode_image
         self.logit_scale = logit_scale
         self.class_names = check_strings("class_names", class_names)
+        if templates:
+            check_templates(templates)
         self.templates = tuple(templates)
         self.image_size = None if image_size is None else _check_image_size(image_size)
         self.interpolation = interpolation
@@ -276,6 +279,8 @@ class ZeroShotClassifier(nn.Module):
                     "to leave the bias out, set model.logit_bias = None",
                 )
             )
+        check_flag("clean_class_names", clean_class_names)
+        check_flag("allow_duplicates", allow_duplicates)
         names = check_strings("class_names", class_names)
         if clean_class_names:
             names = tuple(clean_class_name(name) for name in names)
@@ -474,8 +479,11 @@ def _check_image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _check_channels(argument: str, values: Sequence[float], above: float | None = None) -> Tensor:
-    if not isinstance(values, (tuple, list)) or len(values) != 3:
-        raise ValueError(wrong(argument, "three numbers, one a channel", describe(values)))
+    expected = "a tuple or list of three numbers, one a channel"
+    if not isinstance(values, (tuple, list)):
+        raise TypeError(wrong(argument, expected, describe(values)))
+    if len(values) != 3:
+        raise ValueError(wrong(argument, expected, describe(values)))
     numbers = [check_number(argument, value, above=above) for value in values]
     return torch.tensor(numbers, dtype=torch.float64).view(3, 1, 1)
 

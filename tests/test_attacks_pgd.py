@@ -747,3 +747,9 @@ def test_empty_batch_still_needs_a_sensible_target():
         ValueError, match=r"target: expected a tensor of int64 class indices of shape \(0,\)"
     ):
         PGD(0.1)(RowWise(), some_images(0), some_target(3))
+
+
+def test_numpy_integers_become_pythons():
+    attack = PGD(eps=0.1, steps=np.int64(3), restarts=np.int64(2), seed=np.int64(5))
+    assert [type(value) for value in (attack.steps, attack.restarts, attack.seed)] == [int] * 3
+    assert attack(RowWise(), some_images(), some_target()).images.shape == some_images().shape

@@ -692,3 +692,19 @@ def test_bad_options(options, error, message):
 def test_detach_ref_is_a_bool():
     with pytest.raises(TypeError, match=r"^detach_ref: expected True or False, got str 'no'$"):
         DirichletAlignLoss(detach_ref="no")
+
+
+def test_an_infinite_reference_leaves_the_other_rows():
+    adv, ref, _ = clip_logits(4, 10, 1e-2)
+    want = dirichlet_align_loss(adv, ref, weight=1e-8, reduction="none")
+    ref[2, 0] = torch.inf
+    found = dirichlet_align_loss(adv, ref, weight=1e-8, reduction="none")
+    good = [0, 1, 3]
+    torch.testing.assert_close(found[good], want[good], rtol=5e-6, atol=0)
+
+
+def test_terms_where_alpha_overflows_every_float():
+    adv, ref, _ = clip_logits(3, 10, 1e-2)
+    terms = dirichlet_align_terms(adv, ref, temperature=0.0005, relative_weight=1.0)
+    assert terms.total.isfinite()
+    assert not terms.kl.isnan()

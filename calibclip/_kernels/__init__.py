@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, Dirichlet, kl_divergence
@@ -9,7 +11,8 @@ from torch.distributions import Categorical, Dirichlet, kl_divergence
 from calibclip._checks import check_choice
 from calibclip._kernels.closed_form import DirichletKL, compute_dtype
 
-IMPLEMENTATIONS = ("auto", "eager", "reference", "torch_distributions")
+Implementation = Literal["auto", "eager", "reference", "torch_distributions"]
+IMPLEMENTATIONS = get_args(Implementation)
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:
@@ -24,7 +27,7 @@ def dirichlet_kl_parts(
     scale: float = 1.0,
     shift: float = 0.0,
     log_weight: Tensor | float = 0.0,
-    impl: str = "auto",
+    impl: Implementation = "auto",
 ) -> tuple[Tensor, Tensor]:
     r"""Return the shape and the evidence part of ``w KL(Dir(a) || Dir(b))``, each ``(...,)``.
 

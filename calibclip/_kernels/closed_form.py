@@ -242,7 +242,9 @@ class DirichletKL(torch.autograd.Function):
             evidence = torch.where(classes == torch.inf, classes, evidence)
         ctx.save_for_backward(first, second, weight, *totals)
         ctx.scale, ctx.shift, ctx.extents = scale, shift, extents
-        shape, sizes = strength * categorical, first.shape[:-1]
+        # Equal predictions stay at 0 even where the evidence itself overflows.
+        shape = torch.where(categorical == 0, categorical, strength * categorical)
+        sizes = first.shape[:-1]
         return shape.clamp_(min=0).view(sizes), evidence.clamp_(min=0).view(sizes)
 
     @staticmethod

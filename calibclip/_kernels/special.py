@@ -45,12 +45,12 @@ def largest(t: Tensor) -> float:
     return math.inf if math.isnan(bound) else bound
 
 
-def smallest(*tensors: Tensor) -> float:
-    """Return the smallest element of several tensors, or -infinity on an accelerator."""
-    if tensors[0].device.type != "cpu" or tensors[0].numel() == 0:
+def smallest(t: Tensor) -> float:
+    """Return ``min t``, or -infinity on an accelerator or next to a NaN."""
+    if t.device.type != "cpu" or t.numel() == 0:
         return -math.inf
-    lows = [float(t.min()) for t in tensors]
-    return -math.inf if any(map(math.isnan, lows)) else min(lows)
+    low = float(t.min())
+    return -math.inf if math.isnan(low) else low
 
 
 class Pairs:

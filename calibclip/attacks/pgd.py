@@ -97,8 +97,8 @@ class PGD:
     - ``"last"``: the last iterate, even if an earlier one was misclassified.
 
     The start is an iterate. The clean image (the start without ``random_start``) is returned only
-    if it is the sole misclassified iterate or ``steps`` is 0. A success found by any restart is
-    kept.
+    if it is the sole misclassified iterate, ``steps`` is 0, or no later iterate has a loss that is
+    a number. A success found by any restart is kept.
 
     **Randomness.** The start of a sample depends on ``seed``, its own pixels, the restart and the
     kind of device only: not on the rest of the batch nor on the global random state. The same image
@@ -157,15 +157,15 @@ class PGD:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # NumPy scalars become floats: they would take over the arithmetic with tensors.
+        # NumPy scalars become Python's: they would take over the arithmetic with tensors.
         object.__setattr__(self, "eps", check_number("eps", self.eps, at_least=0))
-        check_count("steps", self.steps, at_least=0)
+        object.__setattr__(self, "steps", check_count("steps", self.steps, at_least=0))
         if self.step_size is not None:
             step_size = check_number("step_size", self.step_size, above=0)
             object.__setattr__(self, "step_size", step_size)
         check_choice("norm", self.norm, NORMS)
         resolve_objective(self.objective)
-        check_count("restarts", self.restarts, at_least=1)
+        object.__setattr__(self, "restarts", check_count("restarts", self.restarts, at_least=1))
         if not isinstance(self.bounds, tuple) or len(self.bounds) != 2:
             raise TypeError(wrong("bounds", "a tuple (low, high)", describe(self.bounds)))
         low, high = (check_number("bounds", bound) for bound in self.bounds)
@@ -175,7 +175,7 @@ class PGD:
         check_choice("select", self.select, SELECTIONS)
         for flag in ("random_start", "stop_when_fooled", "targeted"):
             check_flag(flag, getattr(self, flag))
-        check_count("seed", self.seed, at_least=0)
+        object.__setattr__(self, "seed", check_count("seed", self.seed, at_least=0))
 
     def __call__(
         self,

@@ -69,7 +69,8 @@ def dirichlet_align_terms(
     Returns:
         ``AlignTerms``; ``total`` carries the gradient of the loss. Without a target, the
         cross-entropy is 0. Below T of about 0.015 the evidence is too small for float32 next to
-        the shape and reads 0.
+        the shape and reads 0; below about 0.002 the KL overflows float64 too, though ``total``
+        stays right.
 
     Example:
         >>> adv, ref = torch.tensor([[25.0, 24.0, 15.0]]), torch.tensor([[26.0, 22.0, 15.0]])
@@ -114,7 +115,8 @@ def dirichlet_align_terms(
         logits = logits_adv.to(torch.promote_types(logits_adv.dtype, torch.float32))
         cross_entropy = nn.functional.cross_entropy(logits, target, reduction="none")
     mean_strength = log_mean_strength.exp()
-    shape, evidence = (part.to(mean_strength.dtype) * mean_strength for part in (shape, evidence))
+    wide = (part.to(mean_strength.dtype) for part in (shape, evidence))
+    shape, evidence = (torch.where(part == 0, part, part * mean_strength) for part in wide)
     return AlignTerms(
         total=reduce(cross_entropy + aligned, reduction),
         cross_entropy=reduce(cross_entropy, reduction),
@@ -172,8 +174,8 @@ def dirichlet_align_loss(
         0-d, or ``(B,)`` for ``"none"``; float32 (float64 for float64 input). float16 and bfloat16
         logits are upcast before the affine map, also under autocast; but rounding them has already
         cost them their digits (``docs/closed-form.md``): compute the cosines in float32. A mean
-        over an empty batch is NaN, as in PyTorch. NaN logits give NaN in their rows only; a
-        reference of NaN is left out of the mean of :math:`\alpha_0`.
+        over an empty batch is NaN, as in PyTorch. NaN and infinite logits give NaN in their
+        rows only; as a reference they are left out of the mean of :math:`\alpha_0`.
 
     Raises:
         TypeError: Logits that are not floating-point tensors, a target that is not int64, a
@@ -283,8 +285,8 @@ def _log_mean_strength(logits_ref: Tensor, logit_scale: float, temperature: floa
     dtype = torch.promote_types(logits_ref.dtype, torch.float32)
     scaled = logits_ref.to(dtype) / (logit_scale * temperature)
     rows = torch.logsumexp(scaled, -1).to(scalar_dtype(logits_ref.device))
-    # A row that is NaN spoils its own loss only, not the scale of the others.
-    rows = rows.masked_fill(rows.isnan(), -math.inf)
+    # A row of NaN or infinite logits spoils its own loss only, not the scale of the others.
+    rows = rows.masked_fill(~(rows < math.inf), -math.inf)
     return torch.logsumexp(rows, 0) - math.log(max(1, len(rows))) + 1 / temperature
 
 
