@@ -211,7 +211,15 @@ def dirichlet_kl(
 
 
 def reduce(values: Tensor, reduction: Reduction) -> Tensor:
-    """Apply ``"none"``, ``"mean"`` or ``"sum"``."""
+    """Reduce one value per sample, as the losses and divergences do.
+
+    Args:
+        values: Any shape.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``, checked by the caller.
+
+    Returns:
+        ``values`` for ``"none"``, else 0-d of the same dtype; the mean of nothing is NaN.
+    """
     if reduction == "mean":
         return values.mean()
     return values.sum() if reduction == "sum" else values

@@ -231,7 +231,8 @@ def test_rounded_probabilities_are_accepted(dtype, n_classes):
     uniform = torch.full((1, n_classes), 1 / n_classes, dtype=torch.float64)
     logits = torch.randn(50, n_classes, generator=torch.Generator().manual_seed(1)).double()
     probs = torch.cat([uniform, logits.softmax(1), (5 * logits).softmax(1)]).to(dtype)
-    metrics.accuracy(probs, target=torch.zeros(101, dtype=torch.int64))
+    accuracy = metrics.accuracy(probs, target=torch.zeros(101, dtype=torch.int64))
+    assert accuracy == pytest.approx(float((probs.argmax(1) == 0).double().mean()))
 
 
 def test_top_label_takes_the_lowest_of_equal_classes():

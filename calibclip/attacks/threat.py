@@ -196,7 +196,15 @@ def stream_seed(seed: int, key: int, restart: int) -> int:
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Reshape ``(B,)`` to ``(B, 1, ...)`` so that it broadcasts over samples like ``like``."""
+    """Reshape one value per sample so that it broadcasts over the entries of each sample.
+
+    Args:
+        values: Shape ``(B,)``, any dtype.
+        like: Shape ``(B, ...)``; only its number of dimensions is used.
+
+    Returns:
+        A view of ``values``, shape ``(B, 1, ...)`` with as many dimensions as ``like``.
+    """
     return values.view(-1, *[1] * (like.ndim - 1))
 
 

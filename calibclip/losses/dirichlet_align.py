@@ -40,7 +40,7 @@ class AlignTerms(NamedTuple):
     effective_weight: Tensor
 
 
-def paper_log_weight(temperature: float) -> float:
+def _paper_log_weight(temperature: float) -> float:
     r"""Return the logarithm of the paper's :math:`\lambda = 10^5 / (1 + e^{2/T})`."""
     return math.log(1e5) - 2 / temperature - math.log1p(math.exp(-2 / temperature))
 
@@ -98,7 +98,7 @@ def dirichlet_align_terms(
     if relative_weight is not None:
         log_effective_weight.fill_(_log(relative_weight))
     else:
-        log_effective_weight += paper_log_weight(temperature) if weight is None else _log(weight)
+        log_effective_weight += _paper_log_weight(temperature) if weight is None else _log(weight)
     pair = (logits_adv, logits_ref) if direction == "reverse" else (logits_ref, logits_adv)
     shape, evidence = dirichlet_kl_parts(
         *pair,

@@ -300,7 +300,14 @@ def bin_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> BinSums:
 
 
 def tabulate(sums: BinSums) -> ReliabilityTable:
-    """Turn sums per bin into means, gaps and intervals."""
+    """Turn sums per bin into means, gaps and intervals.
+
+    Args:
+        sums: From :func:`bin_sums`, of one batch or added up over several, on any device.
+
+    Returns:
+        The table, with NaN in the columns of an empty bin that would divide by its count.
+    """
     count, confidence, correct = (column.cpu().numpy() for column in sums)
     samples = np.where(count > 0, count, np.nan)  # an empty bin becomes NaN without a 0 / 0
     mean_confidence, accuracy = confidence / samples, correct / samples
