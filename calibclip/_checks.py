@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 
 import numpy as np
@@ -62,6 +62,15 @@ def check_count(argument: str, value: object, *, at_least: int) -> int:
     return int(value)
 
 
+def check_size(argument: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """Return ``(height, width)`` of a pair of integers >= 1, or of one for both."""
+    sides = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(sides) != 2:
+        raise ValueError(wrong(argument, "(height, width) or one number for both", describe(value)))
+    height, width = (check_count(argument, side, at_least=1) for side in sides)
+    return height, width
+
+
 def check_flag(argument: str, value: object) -> None:
     """Check that ``value`` is a bool: a truthy string such as ``"no"`` is not."""
     if not isinstance(value, bool):
@@ -93,12 +102,13 @@ def check_floating(argument: str, value: object, *, shape: str, ndim: int | None
     return value
 
 
-def check_same_shape(argument: str, value: Tensor, other: str, reference: Tensor) -> None:
+def check_same_shape(
+    argument: str, value: Tensor, other: str, reference: Tensor, remedy: str = ""
+) -> None:
     """Check that two tensors agree in shape and device."""
     if value.shape != reference.shape:
-        raise ValueError(
-            wrong(argument, f"the shape of {other}, {tuple(reference.shape)}", tuple(value.shape))
-        )
+        expected = f"the shape of {other}, {tuple(reference.shape)}"
+        raise ValueError(wrong(argument, expected, tuple(value.shape), remedy))
     check_same_device(argument, value, other, reference)
 
 

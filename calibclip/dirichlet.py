@@ -225,7 +225,7 @@ def reduce(values: Tensor, reduction: Reduction) -> Tensor:
     return values.sum() if reduction == "sum" else values
 
 
-class _Simplex(NamedTuple):
+class Simplex(NamedTuple):
     """The Dirichlet mean in the log domain."""
 
     log_alpha: Tensor
@@ -234,10 +234,12 @@ class _Simplex(NamedTuple):
 
     @property
     def probs(self) -> Tensor:
+        """The Dirichlet mean, (..., C)."""
         return torch.exp(-self.surprise)
 
 
-def _simplex(log_alpha: Tensor) -> _Simplex:
+def simplex(log_alpha: Tensor) -> Simplex:
+    """Check ``log_alpha``, shape ``(..., C)``, and return its mean without losing small shares."""
     check_floating("log_alpha", log_alpha, shape="(..., C)")
     log_alpha = log_alpha.to(torch.promote_types(log_alpha.dtype, torch.float32))
     top, where = log_alpha.max(-1, keepdim=True)
@@ -247,10 +249,10 @@ def _simplex(log_alpha: Tensor) -> _Simplex:
     # with them the uncertainty of every confident prediction.
     others = torch.exp(gap).scatter(-1, where, 0.0).sum(-1, keepdim=True)
     log_total = torch.log1p(others)
-    return _Simplex(log_alpha, (top + log_total).squeeze(-1), log_total - gap)
+    return Simplex(log_alpha, (top + log_total).squeeze(-1), log_total - gap)
 
 
-def _digamma_excess(log_x: Tensor) -> Tensor:
+def digamma_excess(log_x: Tensor) -> Tensor:
     r"""Return :math:`g(x) = \psi(x + 1) - \ln x > 0`, which tends to 1/(2x)."""
     # Both branches see harmless arguments everywhere, so that neither's gradient is NaN.
     split = math.log(4.0 if log_x.dtype == torch.float32 else 30.0)
@@ -298,7 +300,7 @@ def predictive_entropy(log_alpha: Tensor, *, normalize: bool = False) -> Tensor:
         Malinin and Gales (2018), "Predictive Uncertainty Estimation via Prior Networks",
         https://arxiv.org/abs/1802.10501, section 3.
     """
-    row = _simplex(log_alpha)
+    row = simplex(log_alpha)
     return _normalized((row.probs * row.surprise).sum(-1), log_alpha, normalize)
 
 
@@ -328,9 +330,9 @@ def aleatoric_uncertainty(log_alpha: Tensor, *, normalize: bool = False) -> Tens
         Lu et al. (2025), https://arxiv.org/abs/2512.12997 (definition of AU); Malinin and Gales
         (2018), https://arxiv.org/abs/1802.10501, section 3 (expected data uncertainty).
     """
-    row = _simplex(log_alpha)
+    row = simplex(log_alpha)
     # psi(a_0 + 1) - psi(a_k + 1) = -ln p_k + g(a_0) - g(a_k): no difference of large logarithms.
-    excess = _digamma_excess(row.log_alpha0).unsqueeze(-1) - _digamma_excess(row.log_alpha)
+    excess = digamma_excess(row.log_alpha0).unsqueeze(-1) - digamma_excess(row.log_alpha)
     return _normalized((row.probs * (row.surprise + excess)).sum(-1), log_alpha, normalize)
 
 
@@ -362,10 +364,10 @@ def mutual_information(log_alpha: Tensor, *, normalize: bool = False) -> Tensor:
     References:
         Malinin and Gales (2018), https://arxiv.org/abs/1802.10501, section 3.
     """
-    row = _simplex(log_alpha)
+    row = simplex(log_alpha)
     # x g(x), taken relative to alpha_0 so that neither factor can overflow.
-    classes = (row.probs * _digamma_excess(row.log_alpha)).sum(-1)
-    value = classes - _digamma_excess(row.log_alpha0)
+    classes = (row.probs * digamma_excess(row.log_alpha)).sum(-1)
+    value = classes - digamma_excess(row.log_alpha0)
     return _normalized(value.clamp(min=0), log_alpha, normalize)
 
 
@@ -393,7 +395,7 @@ def epistemic_uncertainty(log_alpha: Tensor, *, normalize: bool = False) -> Tens
         Lu et al. (2025), https://arxiv.org/abs/2512.12997 (definition of EU). Their evaluation code
         computes something else: C / logsumexp(alpha + 1).
     """
-    evidence = _simplex(log_alpha).log_alpha0
+    evidence = simplex(log_alpha).log_alpha0
     return _normalized(
         torch.sigmoid(math.log(log_alpha.shape[-1]) - evidence), log_alpha, normalize
     )
@@ -424,5 +426,5 @@ def vacuity(log_alpha: Tensor, *, normalize: bool = False) -> Tensor:
         Sensoy et al. (2018), "Evidential Deep Learning to Quantify Classification Uncertainty",
         https://arxiv.org/abs/1806.01768, equation 1.
     """
-    evidence = _simplex(log_alpha).log_alpha0
+    evidence = simplex(log_alpha).log_alpha0
     return _normalized(torch.exp(math.log(log_alpha.shape[-1]) - evidence), log_alpha, normalize)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Dirichlet, kl_divergence
 
 from calibclip._checks import check_choice
+from calibclip._kernels.categorical import categorical_kl as categorical_kl
 from calibclip._kernels.closed_form import DirichletKL, compute_dtype
 
 Implementation = Literal["auto", "eager", "reference", "torch_distributions"]

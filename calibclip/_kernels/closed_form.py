@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from calibclip._kernels import special
+from calibclip._kernels.once import once_only
 
 # Elements per block of rows: on a CPU a block's temporaries should stay in the cache; elsewhere the
 # bound only keeps the temporaries of a huge call small.
@@ -254,26 +255,9 @@ class DirichletKL(torch.autograd.Function):
         """Compute the gradients in both inputs; differentiating them again raises."""
         with torch.no_grad():
             grads = _gradients(ctx, grad_shape, grad_evidence)
-        if torch.is_grad_enabled():
-            # Under create_graph, autograd would take gradients without a graph for constants.
-            sources = (*ctx.saved_tensors[:2], grad_shape, grad_evidence)
-            grads = [g if g is None else _OnceDifferentiable.apply(g, *sources) for g in grads]
+        sources = (*ctx.saved_tensors[:2], grad_shape, grad_evidence)
+        grads = once_only(grads, sources, 'use impl="torch_distributions" for one, in float64')
         return (*grads, None, None, None)
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """Hand a gradient on, and refuse to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "dirichlet_kl can be differentiated once only: expected no create_graph, got a second "
-            'derivative; use impl="torch_distributions" for one, in float64'
-        )
 
 
 def _gradients(ctx: Any, grad_shape: Tensor, grad_evidence: Tensor) -> list[Tensor | None]:

@@ -6,19 +6,13 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
-from calibclip._checks import (
-    check_choice,
-    check_flag,
-    check_floating,
-    check_number,
-    check_same_shape,
-    check_target,
-    wrong,
-)
-from calibclip._kernels import IMPLEMENTATIONS, dirichlet_kl_parts, scalar_dtype
-from calibclip.dirichlet import REDUCTIONS, Implementation, Reduction, reduce
+from calibclip._checks import wrong
+from calibclip._kernels import dirichlet_kl_parts, scalar_dtype
+from calibclip.dirichlet import Implementation, Reduction, reduce
+from calibclip.losses._shell import LossModule, check_labels, check_logits, check_options
 
 Direction = Literal["reverse", "forward"]
 
@@ -40,7 +34,7 @@ class AlignTerms(NamedTuple):
     effective_weight: Tensor
 
 
-def _paper_log_weight(temperature: float) -> float:
+def paper_log_weight(temperature: float) -> float:
     r"""Return the logarithm of the paper's :math:`\lambda = 10^5 / (1 + e^{2/T})`."""
     return math.log(1e5) - 2 / temperature - math.log1p(math.exp(-2 / temperature))
 
@@ -79,15 +73,20 @@ def dirichlet_align_terms(
         >>> print(f"{terms.evidence / terms.kl:.0e}")
         1e-08
     """
-    check_floating("logits_adv", logits_adv, shape="(B, C)", ndim=2)
-    check_floating("logits_ref", logits_ref, shape="(B, C)", ndim=2)
-    check_same_shape("logits_ref", logits_ref, "logits_adv", logits_adv)
+    # The kernel takes half precision as it is, and keeps no float32 copy of it.
+    upcast, _ = check_logits(logits_adv=logits_adv, logits_ref=logits_ref)
     if target is not None:
-        batch, n_classes = logits_adv.shape
-        check_target(target, batch, n_classes, logits_adv.device)
-    logit_scale = check_number("logit_scale", logit_scale, above=0)
-    temperature = check_number("temperature", temperature, above=0)
-    _check_options(weight, relative_weight, direction, detach_ref, reduction)
+        check_labels(target, upcast)
+    check_options(
+        logit_scale=logit_scale,
+        temperature=temperature,
+        weight=weight,
+        relative_weight=relative_weight,
+        direction=direction,
+        detach_ref=detach_ref,
+        reduction=reduction,
+    )
+    _check_one_weight(weight, relative_weight)
     if detach_ref:
         logits_ref = logits_ref.detach()
 
@@ -98,7 +97,7 @@ def dirichlet_align_terms(
     if relative_weight is not None:
         log_effective_weight.fill_(_log(relative_weight))
     else:
-        log_effective_weight += _paper_log_weight(temperature) if weight is None else _log(weight)
+        log_effective_weight += paper_log_weight(temperature) if weight is None else _log(weight)
     pair = (logits_adv, logits_ref) if direction == "reverse" else (logits_ref, logits_adv)
     shape, evidence = dirichlet_kl_parts(
         *pair,
@@ -112,8 +111,7 @@ def dirichlet_align_terms(
     if target is None:
         cross_entropy = torch.zeros_like(aligned)
     else:
-        logits = logits_adv.to(torch.promote_types(logits_adv.dtype, torch.float32))
-        cross_entropy = nn.functional.cross_entropy(logits, target, reduction="none")
+        cross_entropy = F.cross_entropy(upcast, target, reduction="none")
     mean_strength = log_mean_strength.exp()
     wide = (part.to(mean_strength.dtype) for part in (shape, evidence))
     shape, evidence = (torch.where(part == 0, part, part * mean_strength) for part in wide)
@@ -209,8 +207,12 @@ def dirichlet_align_loss(
     ).total
 
 
-class DirichletAlignLoss(nn.Module):
+class DirichletAlignLoss(LossModule):
     """``dirichlet_align_loss`` with its options kept; see there for their meaning.
+
+    ``official()`` is the plain loss: its constants are the paper's. The published code differs in
+    precision only: it maps half-precision logits to concentrations in half precision, adds 1e-6 to
+    each, and computes the KL from gamma functions in float32.
 
     Example:
         >>> loss = DirichletAlignLoss(logit_scale=100.0, relative_weight=170.0)
@@ -220,6 +222,8 @@ class DirichletAlignLoss(nn.Module):
         >>> round(float(loss.terms(adv, ref, torch.tensor([0])).effective_weight))
         170
     """
+
+    requires = frozenset({"logits_adv", "logits_ref"})
 
     def __init__(
         self,
@@ -233,46 +237,34 @@ class DirichletAlignLoss(nn.Module):
         reduction: Reduction = "mean",
         impl: Implementation = "auto",
     ) -> None:
-        super().__init__()
-        _check_options(weight, relative_weight, direction, detach_ref, reduction)
-        check_choice("impl", impl, IMPLEMENTATIONS)
-        self.logit_scale = check_number("logit_scale", logit_scale, above=0)
-        self.temperature = check_number("temperature", temperature, above=0)
-        self.weight, self.relative_weight = weight, relative_weight
-        self.direction: Direction = direction
-        self.detach_ref = detach_ref
-        self.reduction: Reduction = reduction
-        self.impl: Implementation = impl
+        super().__init__(
+            logit_scale=logit_scale,
+            temperature=temperature,
+            weight=weight,
+            relative_weight=relative_weight,
+            direction=direction,
+            detach_ref=detach_ref,
+            reduction=reduction,
+            impl=impl,
+        )
+        _check_one_weight(weight, relative_weight)
+
+    @classmethod
+    def official(cls, logit_scale: float = 100.0) -> DirichletAlignLoss:
+        """Return the loss with the paper's constants, which are the defaults."""
+        return cls(logit_scale)
 
     def terms(
         self, logits_adv: Tensor, logits_ref: Tensor, target: Tensor | None = None
     ) -> AlignTerms:
         """Return the loss as its terms; ``.total`` is what ``forward`` returns."""
-        return dirichlet_align_terms(
-            logits_adv,
-            logits_ref,
-            target,
-            logit_scale=self.logit_scale,
-            temperature=self.temperature,
-            weight=self.weight,
-            relative_weight=self.relative_weight,
-            direction=self.direction,
-            detach_ref=self.detach_ref,
-            reduction=self.reduction,
-            impl=self.impl,
-        )
+        return dirichlet_align_terms(logits_adv, logits_ref, target, **self.options)
 
     def forward(
         self, logits_adv: Tensor, logits_ref: Tensor, target: Tensor | None = None
     ) -> Tensor:
         """Return the loss of logits ``(B, C)``, ``(B, C)`` and labels ``(B,)``."""
         return self.terms(logits_adv, logits_ref, target).total
-
-    def extra_repr(self) -> str:
-        """Show the constructor's arguments."""
-        names = ("logit_scale", "temperature", "weight", "relative_weight", "direction")
-        names += ("detach_ref", "reduction", "impl")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def _log(weight: float) -> float:
@@ -281,29 +273,21 @@ def _log(weight: float) -> float:
 
 def _log_mean_strength(logits_ref: Tensor, logit_scale: float, temperature: float) -> Tensor:
     r"""Return the logarithm of the batch mean of :math:`\alpha_0(\mathrm{ref})`, 0-d."""
-    # 1/T is added at the end, in the wide dtype: in float32 it would blur all that is smaller.
-    dtype = torch.promote_types(logits_ref.dtype, torch.float32)
-    scaled = logits_ref.to(dtype) / (logit_scale * temperature)
-    rows = torch.logsumexp(scaled, -1).to(scalar_dtype(logits_ref.device))
+    rows = log_strength(logits_ref, logit_scale, temperature)
     # A row of NaN or infinite logits spoils its own loss only, not the scale of the others.
     rows = rows.masked_fill(~(rows < math.inf), -math.inf)
-    return torch.logsumexp(rows, 0) - math.log(max(1, len(rows))) + 1 / temperature
+    return torch.logsumexp(rows, 0) - math.log(max(1, len(rows)))
 
 
-def _check_options(
-    weight: float | None,
-    relative_weight: float | None,
-    direction: str,
-    detach_ref: bool,
-    reduction: str,
-) -> None:
-    check_choice("direction", direction, ("reverse", "forward"))
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_flag("detach_ref", detach_ref)
+def log_strength(logits: Tensor, logit_scale: float, temperature: float) -> Tensor:
+    r"""Return :math:`\ln\alpha_0` of each row, ``(B,)``, in the widest dtype the device has."""
+    # 1/T is added at the end, in the wide dtype: in float32 it would blur all that is smaller.
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    scaled = logits.to(dtype) / (logit_scale * temperature)
+    return torch.logsumexp(scaled, -1).to(scalar_dtype(logits.device)) + 1 / temperature
+
+
+def _check_one_weight(weight: float | None, relative_weight: float | None) -> None:
     if weight is not None and relative_weight is not None:
         got = f"weight={weight!r} and relative_weight={relative_weight!r}"
         raise ValueError(wrong("weight", "weight or relative_weight, not both", got))
-    if weight is not None:
-        check_number("weight", weight, at_least=0)
-    if relative_weight is not None:
-        check_number("relative_weight", relative_weight, at_least=0)
