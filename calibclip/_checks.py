@@ -28,14 +28,20 @@ def describe(value: object) -> str:
 
 
 def check_number(
-    argument: str, value: object, *, above: float | None = None, at_least: float | None = None
+    argument: str,
+    value: object,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
 ) -> float:
     """Return ``value`` as a float after checking that it is a finite real number in range."""
     expected = "a number"
     if above is not None:
         expected = f"a number > {above:g}"
     elif at_least is not None:
-        expected = f"a number >= {at_least:g}"
+        upper = "" if at_most is None else f" and <= {at_most:g}"
+        expected = f"a number >= {at_least:g}{upper}"
     if isinstance(value, Tensor):
         raise TypeError(wrong(argument, expected, describe(value), f"pass float({argument})"))
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -44,10 +50,12 @@ def check_number(
         number = float(value)
     except OverflowError:
         number = math.inf
-    too_low = (above is not None and not number > above) or (
-        at_least is not None and not number >= at_least
+    outside = (
+        (above is not None and not number > above)
+        or (at_least is not None and not number >= at_least)
+        or (at_most is not None and not number <= at_most)
     )
-    if not math.isfinite(number) or too_low:
+    if not math.isfinite(number) or outside:
         raise ValueError(wrong(argument, expected, f"{value!r}"))
     return number
 

@@ -253,17 +253,29 @@ def simplex(log_alpha: Tensor) -> Simplex:
 
 
 def digamma_excess(log_x: Tensor) -> Tensor:
-    r"""Return :math:`g(x) = \psi(x + 1) - \ln x > 0`, which tends to 1/(2x)."""
-    # Both branches see harmless arguments everywhere, so that neither's gradient is NaN.
-    split = math.log(4.0 if log_x.dtype == torch.float32 else 30.0)
-    small = log_x.clamp(max=split)
-    recurrence = torch.digamma(torch.exp(small) + 1) - small
-    y = torch.exp(-log_x.clamp(min=split))
+    r"""Return :math:`g(x) = \psi(x + 1) - \ln x > 0`, which tends to 1/(2x).
+
+    Elementary functions only: PyTorch's float64 trigamma, which the derivative of its digamma is,
+    has an error of 1e-9.
+    """
+    n = 4 if log_x.dtype == torch.float32 else 12
+    is_small = log_x < math.log(n)
+    # Both branches see harmless arguments everywhere, so that neither's gradient is NaN; where, not
+    # clamp, whose gradient at the bound itself depends on how the bound is rounded.
+    small, large = torch.where(is_small, log_x, 0.0), torch.where(is_small, math.log(n), log_x)
+    x = torch.exp(small)
+    recurrence = torch.log(x + n) - small + _digamma_series(1 / (x + n))
+    for i in range(1, n + 1):
+        recurrence = recurrence - 1 / (x + i)
+    return torch.where(is_small, recurrence, _digamma_series(torch.exp(-large)))
+
+
+def _digamma_series(y: Tensor) -> Tensor:
+    """Return ``g(x)`` for ``y = 1/x`` with x of at least 4 in float32, 12 in float64."""
     # psi(x) = ln x - 1/(2x) - sum_n B_2n / (2n x^2n), and psi(x+1) = psi(x) + 1/x
     y2 = y.square()
     tail = 1 / 12 - y2 * (1 / 120 - y2 * (1 / 252 - y2 * (1 / 240 - y2 * (1 / 132))))
-    asymptotic = y / 2 - y2 * tail
-    return torch.where(log_x < split, recurrence, asymptotic)
+    return y / 2 - y2 * tail
 
 
 def _normalized(value: Tensor, log_alpha: Tensor, normalize: bool) -> Tensor:

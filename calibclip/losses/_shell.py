@@ -37,7 +37,7 @@ _CHECKS: dict[str, Callable[..., object]] = {
     "impl": partial(check_choice, choices=IMPLEMENTATIONS),
     "kind": partial(check_choice, choices=("mse", "log", "digamma")),
     "kl_reduction": partial(check_choice, choices=("mean", "sum")),
-    "label_smoothing": _at_least_zero,
+    "label_smoothing": partial(check_number, at_least=0, at_most=1),
     "logit_scale": _above_zero,
     "metric": partial(check_choice, choices=("l2", "cosine")),
     "normalize": check_flag,
@@ -48,16 +48,16 @@ _CHECKS: dict[str, Callable[..., object]] = {
     "temperature": _above_zero,
     "weight": _at_least_zero,
 }
+_MAY_BE_NONE = {"kl_reduction", "relative_weight", "weight"}
 
 
 def check_options(**options: Any) -> dict[str, Any]:
-    """Check the options of a loss, each by its name, and return them with numbers as floats.
-
-    ``None`` means that an option is not given.
-    """
+    """Check the options of a loss, each by its name, and return them with numbers as floats."""
     checked = dict(options)
     for name, value in options.items():
-        number = None if value is None else _CHECKS[name](name, value)
+        if value is None and name in _MAY_BE_NONE:
+            continue
+        number = _CHECKS[name](name, value)
         checked[name] = value if number is None else number
     return checked
 

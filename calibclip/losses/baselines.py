@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from calibclip._checks import describe, wrong
+from calibclip._checks import check_number, describe, wrong
 from calibclip._kernels import categorical_kl
 from calibclip.dirichlet import Reduction, reduce
 from calibclip.losses._shell import (
@@ -340,7 +340,7 @@ def _fare_terms(
         detach_ref=detach_ref,
         reduction=reduction,
     )
-    _check_clean_share(clean_weight)
+    check_number("clean_weight", clean_weight, at_least=0, at_most=1)  # here it is a share
     inputs: dict[str, Tensor | None] = {"features_adv": features_adv, "features_ref": features_ref}
     if clean_weight > 0:
         inputs["features_clean"] = features_clean
@@ -361,11 +361,6 @@ def _fare_terms(
     distance_clean = distances[1] if clean else torch.zeros_like(distance_adv)
     total = (1 - clean_weight) * distance_adv + clean_weight * distance_clean
     return FARETerms(*(reduce(term, reduction) for term in (total, distance_adv, distance_clean)))
-
-
-def _check_clean_share(clean_weight: float) -> None:
-    if clean_weight > 1:
-        raise ValueError(wrong("clean_weight", "a number in [0, 1]", clean_weight))
 
 
 def fare_loss(
@@ -462,7 +457,7 @@ class FARELoss(LossModule):
             detach_ref=detach_ref,
             reduction=reduction,
         )
-        _check_clean_share(clean_weight)
+        check_number("clean_weight", clean_weight, at_least=0, at_most=1)
         passes = {"features_adv", "features_ref"}
         self.requires = frozenset(passes | {"features_clean"} if clean_weight > 0 else passes)
 
