@@ -49,17 +49,10 @@ def _tga_terms(
     *,
     adv_weight: float,
     clean_weight: float,
-    distance: Distance = "l2",
-    detach_ref: bool = True,
-    reduction: Reduction = "mean",
+    distance: Distance,
+    detach_ref: bool,
+    reduction: Reduction,
 ) -> TGATerms:
-    check_options(
-        adv_weight=adv_weight,
-        clean_weight=clean_weight,
-        distance=distance,
-        detach_ref=detach_ref,
-        reduction=reduction,
-    )
     (logits_adv,) = check_logits(logits_adv=logits_adv)
     check_labels(target, logits_adv)
     adv, ref, clean = check_maps(
@@ -140,17 +133,15 @@ def tga_loss(
         Yu et al. (2024), "Text-Guided Attention is All You Need for Zero-Shot Robustness in
         Vision-Language Models", https://arxiv.org/abs/2410.21802: the training objective.
     """
-    return _tga_terms(
-        logits_adv,
-        target,
-        attention_adv,
-        attention_ref,
-        attention_clean,
+    options = check_options(
         adv_weight=adv_weight,
         clean_weight=clean_weight,
         distance=distance,
         detach_ref=detach_ref,
         reduction=reduction,
+    )
+    return _tga_terms(
+        logits_adv, target, attention_adv, attention_ref, attention_clean, **options
     ).total
 
 
@@ -203,17 +194,15 @@ def comp_tga_loss(
         Comp-TGA, by the authors of TGA-ZSR: the objective of ``Comp-TGA.py`` in
         https://github.com/zhyblue424/TGA-ZSR.
     """
-    return _tga_terms(
-        logits_adv,
-        target,
-        attention_adv,
-        attention_ref,
-        attention_clean,
+    options = check_options(
         adv_weight=adv_weight,
         clean_weight=clean_weight,
         distance=distance,
         detach_ref=detach_ref,
         reduction=reduction,
+    )
+    return _tga_terms(
+        logits_adv, target, attention_adv, attention_ref, attention_clean, **options
     ).total
 
 

@@ -40,10 +40,9 @@ def _tecoa_terms(
     logits_adv: Tensor,
     target: Tensor,
     *,
-    label_smoothing: float = 0.0,
-    reduction: Reduction = "mean",
+    label_smoothing: float,
+    reduction: Reduction,
 ) -> TeCoATerms:
-    check_options(label_smoothing=label_smoothing, reduction=reduction)
     (logits_adv,) = check_logits(logits_adv=logits_adv)
     check_labels(target, logits_adv)
     loss = F.cross_entropy(
@@ -87,9 +86,11 @@ def tecoa_loss(
         Mao et al. (2023), "Understanding Zero-Shot Adversarial Robustness for Large-Scale Models",
         https://arxiv.org/abs/2212.07016: the text-guided contrastive objective.
     """
-    return _tecoa_terms(
-        logits_adv, target, label_smoothing=label_smoothing, reduction=reduction
-    ).total
+    options = check_options(
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+    return _tecoa_terms(logits_adv, target, **options).total
 
 
 class TeCoALoss(LossModule):
@@ -139,23 +140,14 @@ def _pmg_aft_terms(
     logits_adv_ref: Tensor,
     logits_clean: Tensor,
     *,
-    temperature: float = 1.0,
-    ref_weight: float = 1.0,
-    clean_weight: float = 1.0,
-    kl_reduction: Reduction | None = None,
-    detach_ref: bool = True,
-    detach_clean: bool = False,
-    reduction: Reduction = "mean",
+    temperature: float,
+    ref_weight: float,
+    clean_weight: float,
+    kl_reduction: Reduction | None,
+    detach_ref: bool,
+    detach_clean: bool,
+    reduction: Reduction,
 ) -> PMGAFTTerms:
-    check_options(
-        temperature=temperature,
-        ref_weight=ref_weight,
-        clean_weight=clean_weight,
-        kl_reduction=kl_reduction,
-        detach_ref=detach_ref,
-        detach_clean=detach_clean,
-        reduction=reduction,
-    )
     _check_reductions(kl_reduction, reduction)
     adv, ref, clean = check_logits(
         logits_adv=logits_adv, logits_adv_ref=logits_adv_ref, logits_clean=logits_clean
@@ -233,11 +225,7 @@ def pmg_aft_loss(
         Wang et al. (2024), "Pre-trained Model Guided Fine-Tuning for Zero-Shot Adversarial
         Robustness", https://arxiv.org/abs/2401.04350: the training objective.
     """
-    return _pmg_aft_terms(
-        logits_adv,
-        target,
-        logits_adv_ref,
-        logits_clean,
+    options = check_options(
         temperature=temperature,
         ref_weight=ref_weight,
         clean_weight=clean_weight,
@@ -245,7 +233,8 @@ def pmg_aft_loss(
         detach_ref=detach_ref,
         detach_clean=detach_clean,
         reduction=reduction,
-    ).total
+    )
+    return _pmg_aft_terms(logits_adv, target, logits_adv_ref, logits_clean, **options).total
 
 
 class PMGAFTLoss(LossModule):
@@ -327,19 +316,12 @@ def _fare_terms(
     features_ref: Tensor,
     features_clean: Tensor | None = None,
     *,
-    clean_weight: float = 0.0,
-    metric: Metric = "l2",
-    normalize: bool = False,
-    detach_ref: bool = True,
-    reduction: Reduction = "mean",
+    clean_weight: float,
+    metric: Metric,
+    normalize: bool,
+    detach_ref: bool,
+    reduction: Reduction,
 ) -> FARETerms:
-    check_options(
-        clean_weight=clean_weight,
-        metric=metric,
-        normalize=normalize,
-        detach_ref=detach_ref,
-        reduction=reduction,
-    )
     check_number("clean_weight", clean_weight, at_least=0, at_most=1)  # here it is a share
     inputs: dict[str, Tensor | None] = {"features_adv": features_adv, "features_ref": features_ref}
     if clean_weight > 0:
@@ -416,16 +398,14 @@ def fare_loss(
         Embeddings for Robust Large Vision-Language Models", https://arxiv.org/abs/2402.12336: the
         embedding loss of FARE.
     """
-    return _fare_terms(
-        features_adv,
-        features_ref,
-        features_clean,
+    options = check_options(
         clean_weight=clean_weight,
         metric=metric,
         normalize=normalize,
         detach_ref=detach_ref,
         reduction=reduction,
-    ).total
+    )
+    return _fare_terms(features_adv, features_ref, features_clean, **options).total
 
 
 class FARELoss(LossModule):

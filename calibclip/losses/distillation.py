@@ -33,21 +33,13 @@ def _distillation_terms(
     target: Tensor | None,
     logits_ref: Tensor,
     *,
-    logit_scale: float = 100.0,
-    temperature: float = 0.07,
-    weight: float | None = None,
-    direction: Direction = "forward",
-    detach_ref: bool = True,
-    reduction: Reduction = "mean",
+    logit_scale: float,
+    temperature: float,
+    weight: float | None,
+    direction: Direction,
+    detach_ref: bool,
+    reduction: Reduction,
 ) -> DistillationTerms:
-    check_options(
-        logit_scale=logit_scale,
-        temperature=temperature,
-        weight=weight,
-        direction=direction,
-        detach_ref=detach_ref,
-        reduction=reduction,
-    )
     adv, ref = check_logits(logits_adv=logits_adv, logits_ref=logits_ref)
     ref = ref.detach() if detach_ref else ref
     if weight is None:
@@ -126,17 +118,15 @@ def distillation_loss(
         Hinton et al. (2015), "Distilling the Knowledge in a Neural Network",
         https://arxiv.org/abs/1503.02531; the equivalence is derived in ``docs/closed-form.md``.
     """
-    return _distillation_terms(
-        logits_adv,
-        target,
-        logits_ref,
+    options = check_options(
         logit_scale=logit_scale,
         temperature=temperature,
         weight=weight,
         direction=direction,
         detach_ref=detach_ref,
         reduction=reduction,
-    ).total
+    )
+    return _distillation_terms(logits_adv, target, logits_ref, **options).total
 
 
 class DistillationLoss(LossModule):

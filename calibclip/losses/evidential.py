@@ -34,12 +34,11 @@ def _edl_terms(
     log_alpha_adv: Tensor,
     target: Tensor,
     *,
-    kind: Kind = "mse",
-    epoch: float | None = None,
-    annealing_epochs: int = 10,
-    reduction: Reduction = "mean",
+    kind: Kind,
+    epoch: float | None,
+    annealing_epochs: int,
+    reduction: Reduction,
 ) -> EDLTerms:
-    check_options(kind=kind, annealing_epochs=annealing_epochs, reduction=reduction)
     epoch = annealing_epochs if epoch is None else check_number("epoch", epoch, at_least=0)
     (log_alpha,) = check_logits(log_alpha_adv=log_alpha_adv)
     check_labels(target, log_alpha)
@@ -124,14 +123,12 @@ def edl_loss(
         Sensoy et al. (2018), "Evidential Deep Learning to Quantify Classification Uncertainty",
         https://arxiv.org/abs/1806.01768: the three risks and the annealed KL of section 4.
     """
-    return _edl_terms(
-        log_alpha_adv,
-        target,
+    options = check_options(
         kind=kind,
-        epoch=epoch,
         annealing_epochs=annealing_epochs,
         reduction=reduction,
-    ).total
+    )
+    return _edl_terms(log_alpha_adv, target, epoch=epoch, **options).total
 
 
 class EDLLoss(LossModule):
@@ -191,13 +188,10 @@ def _prior_network_terms(
     log_alpha_adv: Tensor,
     target: Tensor | None = None,
     *,
-    target_concentration: float = 1000.0,
-    direction: Direction = "reverse",
-    reduction: Reduction = "mean",
+    target_concentration: float,
+    direction: Direction,
+    reduction: Reduction,
 ) -> PriorNetworkTerms:
-    check_options(
-        target_concentration=target_concentration, direction=direction, reduction=reduction
-    )
     (log_alpha,) = check_logits(log_alpha_adv=log_alpha_adv)
     beta = torch.ones_like(log_alpha)
     if target is not None:
@@ -256,13 +250,12 @@ def prior_network_loss(
         Uncertainty and Adversarial Robustness", https://arxiv.org/abs/1905.13472, and (2018),
         https://arxiv.org/abs/1802.10501, for the forward direction.
     """
-    return _prior_network_terms(
-        log_alpha_adv,
-        target,
+    options = check_options(
         target_concentration=target_concentration,
         direction=direction,
         reduction=reduction,
-    ).total
+    )
+    return _prior_network_terms(log_alpha_adv, target, **options).total
 
 
 class PriorNetworkLoss(LossModule):

@@ -39,11 +39,10 @@ def _trades_terms(
     target: Tensor,
     logits_clean: Tensor,
     *,
-    weight: float = 6.0,
-    detach_clean: bool = False,
-    reduction: Reduction = "mean",
+    weight: float,
+    detach_clean: bool,
+    reduction: Reduction,
 ) -> TRADESTerms:
-    check_options(weight=weight, detach_clean=detach_clean, reduction=reduction)
     adv, clean = check_logits(logits_adv=logits_adv, logits_clean=logits_clean)
     check_labels(target, adv)
     cross_entropy = F.cross_entropy(clean, target, reduction="none")
@@ -96,14 +95,12 @@ def trades_loss(
         Zhang et al. (2019), "Theoretically Principled Trade-off between Robustness and Accuracy",
         https://arxiv.org/abs/1901.08573: the training objective, with their code's beta of 6.
     """
-    return _trades_terms(
-        logits_adv,
-        target,
-        logits_clean,
+    options = check_options(
         weight=weight,
         detach_clean=detach_clean,
         reduction=reduction,
-    ).total
+    )
+    return _trades_terms(logits_adv, target, logits_clean, **options).total
 
 
 class TRADESLoss(LossModule):
@@ -161,10 +158,9 @@ def _fap_terms(
     logits_clean: Tensor,
     features_clean: Tensor,
     *,
-    weight: float = 1.0,
-    reduction: Reduction = "mean",
+    weight: float,
+    reduction: Reduction,
 ) -> FAPTerms:
-    check_options(weight=weight, reduction=reduction)
     adv, clean = check_logits(logits_adv=logits_adv, logits_clean=logits_clean)
     check_labels(target, adv)
     features = check_features(features_adv=features_adv, features_clean=features_clean)
@@ -227,14 +223,12 @@ def fap_loss(
         Zhou et al. (2024), "Few-Shot Adversarial Prompt Learning on Vision-Language Models",
         https://arxiv.org/abs/2403.14774, and ``trainers/fap.py`` of their code.
     """
-    return _fap_terms(
-        logits_adv,
-        target,
-        features_adv,
-        logits_clean,
-        features_clean,
+    options = check_options(
         weight=weight,
         reduction=reduction,
+    )
+    return _fap_terms(
+        logits_adv, target, features_adv, logits_clean, features_clean, **options
     ).total
 
 
@@ -304,9 +298,8 @@ def _simclip_terms(
     features_ref: Tensor | None = None,
     features_clean: Tensor | None = None,
     *,
-    reduction: Reduction = "mean",
+    reduction: Reduction,
 ) -> SimCLIPTerms:
-    check_options(reduction=reduction)
     given = {"features_ref": features_ref, "features_clean": features_clean}
     given = {name: features for name, features in given.items() if features is not None}
     if len(given) != 1:
@@ -366,7 +359,10 @@ def simclip_loss(
         Hossain and Imteaj (2024), "Sim-CLIP: Unsupervised Siamese Adversarial Fine-Tuning for
         Robust and Semantically-Rich Vision-Language Models", https://arxiv.org/abs/2407.14971.
     """
-    return _simclip_terms(features_adv, features_ref, features_clean, reduction=reduction).total
+    options = check_options(
+        reduction=reduction,
+    )
+    return _simclip_terms(features_adv, features_ref, features_clean, **options).total
 
 
 class SimCLIPLoss(LossModule):
