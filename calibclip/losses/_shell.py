@@ -48,14 +48,16 @@ _CHECKS: dict[str, Callable[..., object]] = {
     "temperature": _above_zero,
     "weight": _at_least_zero,
 }
-_MAY_BE_NONE = {"kl_reduction", "relative_weight", "weight"}
 
 
-def check_options(**options: Any) -> dict[str, Any]:
-    """Check the options of a loss, each by its name, and return them with numbers as floats."""
+def check_options(*may_be_none: str, **options: Any) -> dict[str, Any]:
+    """Check the options of a loss, each by its name, and return them with numbers as floats.
+
+    ``may_be_none`` names those for which ``None`` has a meaning.
+    """
     checked = dict(options)
     for name, value in options.items():
-        if value is None and name in _MAY_BE_NONE:
+        if value is None and name in may_be_none:
             continue
         number = _CHECKS[name](name, value)
         checked[name] = value if number is None else number
@@ -135,10 +137,10 @@ class LossModule(nn.Module):
 
     requires: frozenset[str]
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *may_be_none: str, **options: Any) -> None:
         super().__init__()
         self._option_names = tuple(options)
-        for name, value in check_options(**options).items():
+        for name, value in check_options(*may_be_none, **options).items():
             setattr(self, name, value)
 
     @property

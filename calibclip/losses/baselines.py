@@ -226,6 +226,7 @@ def pmg_aft_loss(
         Robustness", https://arxiv.org/abs/2401.04350: the training objective.
     """
     options = check_options(
+        "kl_reduction",
         temperature=temperature,
         ref_weight=ref_weight,
         clean_weight=clean_weight,
@@ -270,6 +271,7 @@ class PMGAFTLoss(LossModule):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__(
+            "kl_reduction",
             temperature=temperature,
             ref_weight=ref_weight,
             clean_weight=clean_weight,

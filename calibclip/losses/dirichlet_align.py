@@ -78,6 +78,8 @@ def dirichlet_align_terms(
     if target is not None:
         check_labels(target, upcast)
     check_options(
+        "weight",
+        "relative_weight",
         logit_scale=logit_scale,
         temperature=temperature,
         weight=weight,
@@ -238,6 +240,8 @@ class DirichletAlignLoss(LossModule):
         impl: Implementation = "auto",
     ) -> None:
         super().__init__(
+            "weight",
+            "relative_weight",
             logit_scale=logit_scale,
             temperature=temperature,
             weight=weight,

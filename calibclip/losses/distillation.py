@@ -119,6 +119,7 @@ def distillation_loss(
         https://arxiv.org/abs/1503.02531; the equivalence is derived in ``docs/closed-form.md``.
     """
     options = check_options(
+        "weight",
         logit_scale=logit_scale,
         temperature=temperature,
         weight=weight,
@@ -153,6 +154,7 @@ class DistillationLoss(LossModule):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__(
+            "weight",
             logit_scale=logit_scale,
             temperature=temperature,
             weight=weight,
