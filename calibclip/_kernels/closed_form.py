@@ -256,7 +256,9 @@ class DirichletKL(torch.autograd.Function):
         with torch.no_grad():
             grads = _gradients(ctx, grad_shape, grad_evidence)
         sources = (*ctx.saved_tensors[:2], grad_shape, grad_evidence)
-        grads = once_only(grads, sources, 'use impl="torch_distributions" for one, in float64')
+        grads = once_only(
+            grads, sources, 'dirichlet_kl(..., impl="torch_distributions") has one, in float64'
+        )
         return (*grads, None, None, None)
 
 

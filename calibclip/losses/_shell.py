@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -15,8 +15,11 @@ from calibclip._checks import (
     check_flag,
     check_floating,
     check_number,
+    check_same_device,
     check_same_shape,
     check_target,
+    describe,
+    wrong,
 )
 from calibclip._kernels import IMPLEMENTATIONS
 from calibclip.dirichlet import REDUCTIONS
@@ -64,11 +67,6 @@ def check_options(*may_be_none: str, **options: Any) -> dict[str, Any]:
     return checked
 
 
-def at_least_float32(values: Tensor) -> Tensor:
-    """Return half-precision values as float32: they overflow once squared, and blur a KL."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
 def check_logits(**logits: Tensor | None) -> list[Tensor]:
     """Check logits or concentrations ``(B, C)``, all of the first one's shape, and upcast them."""
     same_classes = "build both classifiers from one list of class names, and use one batch"
@@ -82,6 +80,9 @@ def check_features(**features: Tensor | None) -> list[Tensor]:
 
 def check_maps(**maps: Tensor | None) -> list[Tensor]:
     """Check maps ``(B, ...)``, all of the first one's shape, and flatten them to ``(B, M)``."""
+    for name, values in maps.items():
+        if isinstance(values, Tensor) and values.ndim < 2:
+            raise ValueError(wrong(name, "a tensor of shape (B, ...)", describe(values)))
     same_size = "compute all maps with the same image_size"
     return [values.flatten(1) for values in _check_alike("(B, ...)", None, same_size, maps)]
 
@@ -95,7 +96,17 @@ def _check_alike(
     first, *others = inputs
     for name, value in zip(others, checked[1:], strict=True):
         check_same_shape(name, value, first, checked[0], remedy)
-    return [at_least_float32(value) for value in checked]
+    # One dtype for all, and no less than float32: half precision overflows once it is squared.
+    dtype = reduce(torch.promote_types, (value.dtype for value in checked), torch.float32)
+    return [value.to(dtype) for value in checked]
+
+
+def check_same_batch(argument: str, values: Tensor, logits: Tensor) -> None:
+    """Check that features or maps belong to the batch of ``logits_adv``."""
+    if len(values) != len(logits):
+        expected = f"one row for each of {len(logits)} rows of logits_adv"
+        raise ValueError(wrong(argument, expected, describe(values)))
+    check_same_device(argument, values, "logits_adv", logits)
 
 
 def check_labels(target: Tensor, logits: Tensor) -> None:
@@ -133,9 +144,10 @@ def row_norm(rows: Tensor) -> Tensor:
 
 
 class LossModule(nn.Module):
-    """A loss with its options kept as attributes; subclasses say how to compute the terms."""
+    """A loss with its options kept as attributes.
 
-    requires: frozenset[str]
+    Subclasses say in ``requires`` which passes they need, and how to compute the terms.
+    """
 
     def __init__(self, *may_be_none: str, **options: Any) -> None:
         super().__init__()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from calibclip._checks import describe, wrong
 from calibclip.dirichlet import Reduction, reduce
 from calibclip.losses._shell import (
     LossModule,
@@ -18,6 +17,7 @@ from calibclip.losses._shell import (
     check_logits,
     check_maps,
     check_options,
+    check_same_batch,
     cosine_distance,
     row_norm,
 )
@@ -58,9 +58,7 @@ def _tga_terms(
     adv, ref, clean = check_maps(
         attention_adv=attention_adv, attention_ref=attention_ref, attention_clean=attention_clean
     )
-    if len(adv) != len(logits_adv):
-        expected = f"one map for each of {len(logits_adv)} rows of logits_adv"
-        raise ValueError(wrong("attention_adv", expected, describe(attention_adv)))
+    check_same_batch("attention_adv", attention_adv, logits_adv)
     ref = ref.detach() if detach_ref else ref
     cross_entropy = F.cross_entropy(logits_adv, target, reduction="none")
     distance_adv, distance_clean = (_map_distance(maps, ref, distance) for maps in (adv, clean))

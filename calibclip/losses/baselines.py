@@ -327,6 +327,9 @@ def _fare_terms(
     check_number("clean_weight", clean_weight, at_least=0, at_most=1)  # here it is a share
     inputs: dict[str, Tensor | None] = {"features_adv": features_adv, "features_ref": features_ref}
     if clean_weight > 0:
+        if features_clean is None:
+            expected, remedy = "features with clean_weight > 0", "pass them, or set clean_weight=0"
+            raise TypeError(wrong("features_clean", expected, "None", remedy))
         inputs["features_clean"] = features_clean
     elif features_clean is not None:
         got = describe(features_clean)
@@ -440,8 +443,12 @@ class FARELoss(LossModule):
             reduction=reduction,
         )
         check_number("clean_weight", clean_weight, at_least=0, at_most=1)
-        passes = {"features_adv", "features_ref"}
-        self.requires = frozenset(passes | {"features_clean"} if clean_weight > 0 else passes)
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The passes to run; the clean one only with a weight."""
+        clean = {"features_clean"} if self.options["clean_weight"] > 0 else set()
+        return frozenset({"features_adv", "features_ref"} | clean)
 
     @classmethod
     def official(cls) -> FARELoss:

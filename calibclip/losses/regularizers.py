@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from calibclip._checks import describe, wrong
+from calibclip._checks import wrong
 from calibclip._kernels import categorical_kl
 from calibclip.dirichlet import Reduction, reduce
 from calibclip.losses._shell import (
@@ -20,6 +20,7 @@ from calibclip.losses._shell import (
     check_labels,
     check_logits,
     check_options,
+    check_same_batch,
     cosine_distance,
 )
 
@@ -164,9 +165,7 @@ def _fap_terms(
     adv, clean = check_logits(logits_adv=logits_adv, logits_clean=logits_clean)
     check_labels(target, adv)
     features = check_features(features_adv=features_adv, features_clean=features_clean)
-    if len(features[0]) != len(adv):
-        expected = f"one row for each of {len(adv)} rows of logits_adv"
-        raise ValueError(wrong("features_adv", expected, describe(features_adv)))
+    check_same_batch("features_adv", features_adv, adv)
     cross_entropy = F.cross_entropy(clean, target, reduction="none")
     kl = categorical_kl(clean, adv) * (2 - cosine_distance(*features))
     total = cross_entropy + weight * kl
@@ -388,8 +387,15 @@ class SimCLIPLoss(LossModule):
 
     def __init__(self, *, frozen_reference: bool = False, reduction: Reduction = "mean") -> None:
         super().__init__(frozen_reference=frozen_reference, reduction=reduction)
-        self._other = "features_ref" if frozen_reference else "features_clean"
-        self.requires = frozenset({"features_adv", self._other})
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The passes to run: the attacked image's features, and those of one other encoder."""
+        return frozenset({"features_adv", self._other})
+
+    @property
+    def _other(self) -> str:
+        return "features_ref" if self.options["frozen_reference"] else "features_clean"
 
     @classmethod
     def official(cls) -> SimCLIPLoss:
@@ -405,7 +411,7 @@ class SimCLIPLoss(LossModule):
         """Return the loss as its terms; ``.total`` is what ``forward`` returns."""
         given = {"features_ref": features_ref, "features_clean": features_clean}
         if given[self._other] is None:
-            expected = f"features with frozen_reference={self._other == 'features_ref'}"
+            expected = f"features with frozen_reference={self.options['frozen_reference']}"
             raise ValueError(wrong(self._other, expected, "none"))
         return _simclip_terms(features_adv, **given, reduction=self.options["reduction"])
 
