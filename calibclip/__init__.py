@@ -1,6 +1,6 @@
 """Exact Dirichlet alignment losses, attacks and calibration metrics for CLIP under attack."""
 
-from calibclip import metrics
+from calibclip import attention, metrics
 from calibclip._prompts import clean_class_name
 from calibclip.attacks import PGD, AttackResult, pgd
 from calibclip.dirichlet import (
@@ -65,6 +65,7 @@ __all__ = [
     "TeCoALoss",
     "ZeroShotClassifier",
     "aleatoric_uncertainty",
+    "attention",
     "clean_class_name",
     "comp_tga_loss",
     "cosine_similarity",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from calibclip._checks import check_floating, describe, wrong
+from calibclip._checks import check_flag, check_floating, describe, wrong
 from calibclip._modules import evaluation_mode
 
 # Bounds the memory of the text pass: 21k classes with 80 templates are 1.7 million prompts.
@@ -85,7 +85,35 @@ def check_strings(argument: str, values: Sequence[str]) -> tuple[str, ...]:
     return tuple(values)
 
 
-def check_distinct(names: Sequence[str], allow_duplicates: bool) -> None:
+def distinct_names(class_names: Sequence[str], clean: bool, duplicates: bool) -> tuple[str, ...]:
+    """Check the class names, cleaned if ``clean``, and repeated only if ``duplicates``."""
+    check_flag("clean_class_names", clean)
+    check_flag("allow_duplicates", duplicates)
+    names = check_strings("class_names", class_names)
+    if clean:
+        names = tuple(clean_class_name(name) for name in names)
+    _check_distinct(names, duplicates)
+    return names
+
+
+def check_text_features(text_features: Tensor, class_names: Sequence[str]) -> Tensor:
+    """Return text features, shape ``(K, D)``, checked and of unit length, float32 at the least."""
+    check_floating("text_features", text_features, shape="(K, D)", ndim=2)
+    if len(text_features) != len(class_names):
+        expected = f"one row for each of {len(class_names)} class names"
+        raise ValueError(wrong("text_features", expected, describe(text_features)))
+    lengths = text_features.detach().norm(dim=-1)
+    if not bool((lengths.isfinite() & (lengths > 0)).all()):
+        expected, got = "finite rows of length > 0", "a row that is zero or not finite"
+        remedy = "check the text encoder's weights and precision"
+        raise ValueError(wrong("text_features", expected, got, remedy))
+    dtype = torch.promote_types(text_features.dtype, torch.float32)
+    # A tensor made in inference mode could not be saved for the backward pass to the images.
+    with torch.inference_mode(False), torch.no_grad():
+        return unit_rows("text_features", text_features, dtype)
+
+
+def _check_distinct(names: Sequence[str], allow_duplicates: bool) -> None:
     if not all(name.strip() for name in names):
         raise ValueError(wrong("class_names", "names with letters or digits", "an empty name"))
     repeated = [repr(name) for name, count in Counter(names).items() if count > 1]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 from torch.nn import functional as F
+
+RESIZE_MODES = ("shortest", "shortest_floor", "squash")
 
 
 def resize(images: Tensor, target: tuple[int, int], interpolation: str, resize_mode: str) -> Tensor:
@@ -15,8 +19,9 @@ def resize(images: Tensor, target: tuple[int, int], interpolation: str, resize_m
         for size in ((images.shape[-2], width), (height, width)):
             images = F.interpolate(images, size=size, mode=interpolation, antialias=True)
             images = images.clamp(0, 1)
+    offset = math.floor if resize_mode == "shortest_floor" else round
     top, left = (
-        round((have - want) / 2) for have, want in zip((height, width), target, strict=True)
+        offset((have - want) / 2) for have, want in zip((height, width), target, strict=True)
     )
     return images[..., top : top + target[0], left : left + target[1]]
 

@@ -6,50 +6,44 @@ classifier, so that a perturbation and its budget are stated in pixel values in 
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable, Sequence
-from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from calibclip._checks import (
-    check_choice,
-    check_count,
-    check_flag,
-    check_floating,
-    check_number,
-    describe,
-    wrong,
-)
+from calibclip._checks import check_floating, check_number, check_same_device, describe, wrong
+from calibclip._encoder import ImageEncoder
 from calibclip._prompts import (
-    check_distinct,
     check_strings,
     check_templates,
-    clean_class_name,
+    check_text_features,
+    distinct_names,
     encode_classes,
     fill,
     unit_rows,
 )
-from calibclip._resize import resize
+from calibclip._towers import Options, Parts, open_clip_parts, openai_parts, transformers_parts
 from calibclip.dirichlet import float32_product
 
-# What open_clip assumes for a model that carries no statistics of its own.
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-
-# What a resize with overshoot may leave outside [0, 1] before anybody has forgotten to divide.
-VALUE_TOLERANCE = 0.1
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class ZeroShotClassifier(nn.Module):
-    r"""Logits :math:`z_k = s \cos(f(x), t_k)` of images against fixed class text features.
+class ZeroShotClassifier(ImageEncoder):
+    r"""Logits :math:`z_k = s \cos(f(x), t_k) + b` of images against fixed class text features.
 
-    ``s`` is ``logit_scale``, ``f`` is ``encode_image`` after preprocessing and ``t_k`` is row ``k``
-    of ``text_features``. Use :meth:`from_open_clip` for an open_clip model; this constructor is the
-    common core, for any model that maps images to features.
+    ``s`` is ``logit_scale``, ``b`` is ``logit_bias``, ``f`` is ``encode_image`` after preprocessing
+    and ``t_k`` is row ``k`` of ``text_features``. Use :meth:`from_open_clip`,
+    :meth:`from_openai_clip` or :meth:`from_transformers` for a model of these libraries; this
+    constructor is the common core, for any pair of image encoder and text features.
+
+    **SigLIP.** Only models trained with sigmoids have a bias. It is one number for all classes, so
+    softmax and argmax are the same without it; their own probabilities are
+    ``torch.sigmoid(logits)``, each class for itself, and do need it. What reads logits as cosines
+    would be shifted by it: give the Dirichlet functions and losses ``classifier.cosines(images)``
+    and ``logit_scale=1``.
 
     **Threat model.** A perturbation lives at the resolution of the tensor that is passed in. An
     attack on 32 × 32 CIFAR images, which are enlarged in here, and one on the same images enlarged
@@ -63,13 +57,13 @@ class ZeroShotClassifier(nn.Module):
     ``text_features`` all of it is float64.
 
     **Frozen reference.** ``copy.deepcopy(classifier)`` is independent of the original. It needs
-    an ``encode_image`` that can be copied: a bound method, a module, or a ``functools.partial`` of
-    one. A plain function or lambda would keep using the original's weights, so the copy raises.
+    encoders that can be copied: bound methods, modules, or ``functools.partial`` of one. A plain
+    function or lambda would keep using the original's weights, so the copy raises.
 
-    **Training.** ``text_features`` and ``logit_scale`` are constants read once. If the logit scale
-    trains, use ``model.logit_scale.exp() * classifier.cosines(images)``, or assign its value to
-    ``classifier.logit_scale``, as a float, after a step; if the text tower trains, build a new
-    classifier.
+    **Training.** ``text_features``, ``logit_scale`` and ``logit_bias`` are constants read once. If
+    the logit scale trains, use ``model.logit_scale.exp() * classifier.cosines(images)``, or assign
+    its value to ``classifier.logit_scale``, as a float, after a step; if the text tower trains,
+    build a new classifier.
 
     Args:
         model: The module that holds the weights ``encode_image`` uses. Registered, so that
@@ -86,14 +80,20 @@ class ZeroShotClassifier(nn.Module):
         std: Three channel standard deviations > 0.
         interpolation: ``"bicubic"`` or ``"bilinear"``; always antialiased, like Pillow's.
         resize_mode: ``"shortest"`` resizes the shorter side to fit and crops the centre;
-            ``"squash"`` resizes both sides and ignores the aspect ratio.
+            ``"shortest_floor"`` is the same with the crop's offset rounded down, as in
+            transformers, and not to the nearest; ``"squash"`` ignores the aspect ratio.
         templates: The templates behind ``text_features``, for :attr:`prompts` and the repr only.
+        logit_bias: Added to the logits.
+        encode_tokens: Maps what ``encode_image`` takes to features and projected tokens,
+            ``(B, D)`` and ``(B, 1 + N, D)``, for :meth:`embed_with_tokens`. ``None``: it raises.
 
     Attributes:
         model: As given.
         encode_image: As given.
+        encode_tokens: As given.
         text_features: Normalised class features, shape ``(K, D)``.
         logit_scale: Float.
+        logit_bias: Float.
         class_names: Tuple of ``K`` names; the position is the label.
         templates: Tuple of templates.
         image_size: ``(height, width)`` or ``None``.
@@ -119,10 +119,12 @@ class ZeroShotClassifier(nn.Module):
         Supervision", section 3.1, https://arxiv.org/abs/2103.00020.
     """
 
-    encode_image: Callable[[Tensor], Tensor]
     text_features: Tensor
-    mean: Tensor
-    std: Tensor
+
+    # Named again because pdoc leaves out what a private base class documents.
+    embed = ImageEncoder.embed
+    embed_with_tokens = ImageEncoder.embed_with_tokens
+    preprocess = ImageEncoder.preprocess
 
     def __init__(
         self,
@@ -138,59 +140,29 @@ class ZeroShotClassifier(nn.Module):
         interpolation: str = "bicubic",
         resize_mode: str = "shortest",
         templates: Sequence[str] = (),
+        logit_bias: float = 0.0,
+        encode_tokens: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(wrong("model", "a torch.nn.Module", describe(model)))
-        if not callable(encode_image):
-            raise TypeError(
-                wrong("encode_image", "a callable from images to features", describe(encode_image))
-            )
-        check_choice("interpolation", interpolation, ("bicubic", "bilinear"))
-        check_choice("resize_mode", resize_mode, ("shortest", "squash"))
-        self.model = model
-        # Past nn.Module's registration: a module given here belongs to `model` already, and a
-        # second entry would double its names in state_dict().
-        self.__dict__["encode_image"] = encode_image
+        names = check_strings("class_names", class_names)
+        text_features = check_text_features(text_features, names)
+        super().__init__(
+            model,
+            encode_image,
+            encode_tokens,
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            interpolation=interpolation,
+            resize_mode=resize_mode,
+            like=text_features,
+        )
+        self.register_buffer("text_features", text_features, persistent=False)
         self.logit_scale = logit_scale
-        self.class_names = check_strings("class_names", class_names)
+        self.logit_bias = logit_bias
+        self.class_names = names
         if templates:
             check_templates(templates)
         self.templates = tuple(templates)
-        self.image_size = None if image_size is None else _check_image_size(image_size)
-        self.interpolation = interpolation
-        self.resize_mode = resize_mode
-        self.training = model.training
-
-        check_floating("text_features", text_features, shape="(K, D)", ndim=2)
-        if len(text_features) != len(self.class_names):
-            raise ValueError(
-                wrong(
-                    "text_features",
-                    f"one row for each of {len(self.class_names)} class names",
-                    describe(text_features),
-                )
-            )
-        lengths = text_features.detach().norm(dim=-1)
-        if not bool((lengths.isfinite() & (lengths > 0)).all()):
-            raise ValueError(
-                wrong(
-                    "text_features",
-                    "finite rows of length > 0",
-                    "a row that is zero or not finite",
-                    "check the text encoder's weights and precision",
-                )
-            )
-        dtype = torch.promote_types(text_features.dtype, torch.float32)
-        # A tensor made in inference mode could not be saved for the backward pass to the images.
-        with torch.inference_mode(False), torch.no_grad():
-            buffers = {
-                "text_features": unit_rows("text_features", text_features, dtype),
-                "mean": _check_channels("mean", mean).to(dtype).to(text_features.device),
-                "std": _check_channels("std", std, above=0).to(dtype).to(text_features.device),
-            }
-        for name, buffer in buffers.items():
-            self.register_buffer(name, buffer, persistent=False)
 
     @classmethod
     def from_open_clip(
@@ -236,13 +208,14 @@ class ZeroShotClassifier(nn.Module):
                 offered; no weights in its list use it.
 
         Returns:
-            The classifier, on the model's device, with ``logit_scale = exp(model.logit_scale)``.
+            The classifier, on the model's device, with ``logit_scale = exp(model.logit_scale)``
+            and the model's ``logit_bias``, if it has one.
 
         Raises:
             TypeError: A model without open_clip's interface, class names or templates that are not
                 a sequence of strings, or tokens that are not an integer tensor.
-            ValueError: No or duplicate class names, a template without exactly one ``{}``, tokens
-                of the wrong shape, or a model with a logit bias.
+            ValueError: No or duplicate class names, a template without exactly one ``{}``, or
+                tokens of the wrong shape.
 
         Example:
             >>> import open_clip
@@ -258,132 +231,241 @@ class ZeroShotClassifier(nn.Module):
             >>> classifier(torch.rand(3, 3, 40, 60)).shape
             torch.Size([3, 2])
         """
-        for name in ("encode_image", "encode_text", "logit_scale", "visual"):
-            if not hasattr(model, name):
-                raise TypeError(
-                    wrong(
-                        "model",
-                        "an open_clip model with encode_image, encode_text, logit_scale and visual",
-                        f"{type(model).__name__} without {name}",
-                    )
-                )
-        clip: Any = model
-        # A sigmoid-trained model: its probabilities are not this softmax, and a bias in the logits
-        # would break `logits / logit_scale = cosine`, on which the Dirichlet losses rely.
-        if getattr(clip, "logit_bias", None) is not None:
-            raise ValueError(
-                wrong(
-                    "model",
-                    "a model trained with a softmax, without logit_bias",
-                    f"logit_bias = {clip.logit_bias.item():.4g}",
-                    "to leave the bias out, set model.logit_bias = None",
-                )
-            )
-        check_flag("clean_class_names", clean_class_names)
-        check_flag("allow_duplicates", allow_duplicates)
-        names = check_strings("class_names", class_names)
-        if clean_class_names:
-            names = tuple(clean_class_name(name) for name in names)
-        check_distinct(names, allow_duplicates)
-        check_templates(templates)
+        return cls._from_library(
+            open_clip_parts,
+            model,
+            tokenizer,
+            class_names,
+            templates,
+            clean_class_names=clean_class_names,
+            allow_duplicates=allow_duplicates,
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            interpolation=interpolation,
+            resize_mode=resize_mode,
+        )
 
-        visual = clip.visual
-        recorded = getattr(visual, "preprocess_cfg", None) or {}
-        # "random" is a training augmentation; open_clip evaluates such a model with bicubic.
-        recorded_interpolation = recorded.get("interpolation", "bicubic")
-        preprocessing: dict[str, Any] = {
-            "image_size": recorded.get("size") or getattr(visual, "image_size", None),
-            "mean": recorded.get("mean") or getattr(visual, "image_mean", None) or OPENAI_MEAN,
-            "std": recorded.get("std") or getattr(visual, "image_std", None) or OPENAI_STD,
-            "interpolation": recorded_interpolation.replace("random", "bicubic"),
-            "resize_mode": recorded.get("resize_mode", "shortest"),
-        }
-        overrides = {
-            "image_size": image_size,
-            "mean": mean,
-            "std": std,
-            "interpolation": interpolation,
-            "resize_mode": resize_mode,
-        }
-        preprocessing |= {key: value for key, value in overrides.items() if value is not None}
-        if preprocessing["image_size"] is None:
-            raise TypeError(
-                wrong(
-                    "model",
-                    "an open_clip model, whose visual tower records its image_size",
-                    f"{type(visual).__name__} without one",
-                    "pass image_size=224, or what the model takes",
-                )
-            )
+    @classmethod
+    def from_openai_clip(
+        cls,
+        model: nn.Module,
+        tokenizer: Callable[[list[str]], Tensor],
+        class_names: Sequence[str],
+        templates: Sequence[str] = ("This is a photo of a {}",),
+        **options: Unpack[Options],
+    ) -> ZeroShotClassifier:
+        """Build the classifier from a model of OpenAI's ``clip``, encoding the class prompts once.
+
+        Preprocessing is that of ``clip.load``: the shorter side resized to
+        ``model.visual.input_resolution``, bicubic, and the centre cropped. Half-precision models,
+        which ``clip.load`` gives on a GPU, are taken as they are.
+
+        Args:
+            model: For example ``clip.load("ViT-B/32", jit=False)[0]``.
+            tokenizer: ``clip.tokenize``.
+            class_names: ``K`` names; the position is the label.
+            templates: Prompts with one ``{}`` each, where the class name goes.
+            **options: The keyword options of :meth:`from_open_clip`.
+
+        Returns:
+            The classifier, on the model's device.
+
+        Raises:
+            TypeError: As for :meth:`from_open_clip`, or a model without ``clip``'s interface.
+            ValueError: As for :meth:`from_open_clip`.
+
+        Example:
+            >>> import clip  # doctest: +SKIP
+            >>> model, _ = clip.load("ViT-B/32", device="cpu", jit=False)  # doctest: +SKIP
+            >>> ZeroShotClassifier.from_openai_clip(model, clip.tokenize, names)  # doctest: +SKIP
+        """
+        return cls._from_library(openai_parts, model, tokenizer, class_names, templates, **options)
+
+    @classmethod
+    def from_transformers(
+        cls,
+        model: nn.Module,
+        processor: Callable[..., object],
+        class_names: Sequence[str],
+        templates: Sequence[str] = ("This is a photo of a {}",),
+        **options: Unpack[Options],
+    ) -> ZeroShotClassifier:
+        """Build the classifier from a CLIPModel or SiglipModel of Hugging Face's ``transformers``.
+
+        Prompts are padded, or cut, to ``config.text_config.max_position_embeddings`` and given
+        without an attention mask: SigLIP was trained so, and to CLIP it makes no difference. A
+        SigLIP's ``logit_bias`` is read too; what it means for probabilities is said above.
+
+        Args:
+            model: For example ``CLIPModel.from_pretrained("openai/clip-vit-base-patch32")``.
+            processor: The model's CLIPProcessor or SiglipProcessor, whose preprocessing is
+                reproduced up to its rounding to 8 bits; or its tokenizer alone, with the
+                preprocessing that OpenAI's and Google's weights have.
+            class_names: ``K`` names; the position is the label.
+            templates: Prompts with one ``{}`` each, where the class name goes.
+            **options: The keyword options of :meth:`from_open_clip`.
+
+        Returns:
+            The classifier, on the model's device.
+
+        Raises:
+            TypeError: As for :meth:`from_open_clip`, or a model without the interface of these.
+            ValueError: As for :meth:`from_open_clip`, or a processor whose steps this classifier
+                does not have, or whose images are not of the model's size.
+
+        Example:
+            >>> from transformers import CLIPConfig, CLIPModel
+            >>> tower = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+            >>> model = CLIPModel(CLIPConfig(text_config=tower, vision_config=tower))
+            >>> def processor(prompts, **options):  # for CLIPProcessor.from_pretrained(name)
+            ...     return {"input_ids": torch.tensor([[len(prompt), 2] for prompt in prompts])}
+            >>> classifier = ZeroShotClassifier.from_transformers(model, processor, ["cat", "dog"])
+            >>> classifier(torch.rand(3, 3, 40, 60)).shape
+            torch.Size([3, 2])
+        """
+        return cls._from_library(
+            transformers_parts, model, processor, class_names, templates, **options
+        )
+
+    @classmethod
+    def from_encoders(
+        cls,
+        model: nn.Module,
+        encode_image: Callable[[Tensor], Tensor],
+        encode_text: Callable[[Tensor], Tensor],
+        tokenizer: Callable[[list[str]], Tensor],
+        class_names: Sequence[str],
+        templates: Sequence[str] = ("This is a photo of a {}",),
+        *,
+        logit_scale: float,
+        logit_bias: float = 0.0,
+        encode_tokens: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        **options: Unpack[Options],
+    ) -> ZeroShotClassifier:
+        """Build the classifier from any pair of encoders, encoding the class prompts once.
+
+        Args:
+            model: The module that holds the weights of both; on its device the prompts are encoded.
+            encode_image: As for the constructor.
+            encode_text: Maps tokens ``(N, L)`` to features ``(N, D)``.
+            tokenizer: Maps a list of ``N`` prompts to integer tokens ``(N, L)``.
+            class_names: ``K`` names; the position is the label.
+            templates: Prompts with one ``{}`` each, where the class name goes.
+            logit_scale: As for the constructor.
+            logit_bias: As for the constructor.
+            encode_tokens: As for the constructor.
+            **options: The keyword options of :meth:`from_open_clip`, of which ``mean`` and ``std``
+                are required here. Without ``image_size`` images are not resized.
+
+        Returns:
+            The classifier, on the model's device.
+
+        Raises:
+            TypeError: As for the constructor and :meth:`from_open_clip`.
+            ValueError: As for the constructor and :meth:`from_open_clip`.
+
+        Example:
+            >>> towers = nn.ModuleDict({"x": nn.Flatten(), "t": nn.Embedding(9, 12)})
+            >>> classifier = ZeroShotClassifier.from_encoders(
+            ...     towers, towers["x"], lambda tokens: towers["t"](tokens).mean(1),
+            ...     lambda prompts: torch.tensor([[len(p) % 9] for p in prompts]), ["cat", "mouse"],
+            ...     logit_scale=100.0, image_size=2, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
+            ... )
+            >>> classifier(torch.rand(3, 3, 8, 8)).shape
+            torch.Size([3, 2])
+        """
+
+        def parts(_: object, tokenizer: Any, given: dict[str, Any]) -> Parts:
+            settings = {"image_size": None, **given}
+            encoders = (encode_image, encode_text, tokenizer)
+            return Parts(*encoders, logit_scale, logit_bias, settings, encode_tokens)
+
+        return cls._from_library(parts, model, tokenizer, class_names, templates, **options)
+
+    @classmethod
+    def _from_library(
+        cls,
+        take_apart: Callable[..., Parts],
+        model: nn.Module,
+        tokenizer: Callable[..., object],
+        class_names: Sequence[str],
+        templates: Sequence[str],
+        *,
+        clean_class_names: bool = True,
+        allow_duplicates: bool = False,
+        image_size: int | Sequence[int] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        interpolation: str | None = None,
+        resize_mode: str | None = None,
+    ) -> ZeroShotClassifier:
+        names = ("image_size", "mean", "std", "interpolation", "resize_mode")
+        settings = zip(names, (image_size, mean, std, interpolation, resize_mode), strict=True)
+        given = {name: value for name, value in settings if value is not None}
+        parts = take_apart(model, tokenizer, given)
+        names = distinct_names(class_names, clean_class_names, allow_duplicates)
+        check_templates(templates)
         return cls(
             model,
-            clip.encode_image,
-            encode_classes(model, clip.encode_text, tokenizer, names, templates),
-            logit_scale=math.exp(clip.logit_scale.item()),
+            parts.encode_image,
+            encode_classes(model, parts.encode_text, parts.tokenizer, names, templates),
+            logit_scale=parts.logit_scale,
+            logit_bias=parts.logit_bias,
+            encode_tokens=parts.encode_tokens,
             class_names=names,
             templates=templates,
-            **preprocessing,
+            **parts.preprocessing,
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits, ``logit_scale`` times the cosines.
+        """Return the logits, ``logit_scale`` times the cosines plus ``logit_bias``.
 
         Args:
-            images: Floating point, shape ``(B, 3, H, W)``, values in [0, 1], any ``H`` and ``W``.
-                The value range is looked at on a CPU only: it would stall an accelerator.
+            images: As for :meth:`embed`.
 
         Returns:
             Shape ``(B, K)``, float32 (float64 for a float64 classifier).
 
         Raises:
-            TypeError: Images that are not a floating-point tensor.
-            ValueError: Images of another shape or on another device than the classifier, values
-                outside [0, 1], or features that do not fit the text features.
+            TypeError: As for :meth:`embed`.
+            ValueError: As for :meth:`embed`.
         """
-        return self.logit_scale * self.cosines(images)
+        return self.classify(self.embed(images))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return the logits of features, so that one encoder pass serves them and more.
+
+        Args:
+            features: As :meth:`embed` and :meth:`embed_with_tokens` return them, or of any other
+                length, shape ``(B, D)``.
+
+        Returns:
+            Shape ``(B, K)``, float32 (float64 if the features or the classifier are).
+
+        Raises:
+            TypeError: ``features`` is not a floating-point tensor.
+            ValueError: ``features`` is not 2-D, or of another size or device than the text
+                features.
+        """
+        return self.logit_scale * self._cosines(features) + self.logit_bias
 
     def cosines(self, images: Tensor) -> Tensor:
         """Return the cosines of the images with the classes, shape ``(B, K)``; see forward."""
-        features = self.features(images)
-        if features.shape[1] != self.text_features.shape[1]:
-            raise ValueError(
-                wrong(
-                    "encode_image",
-                    f"features of the text features' dimension {self.text_features.shape[1]}",
-                    features.shape[1],
-                    "take both encoders from one model, after its projections",
-                )
-            )
-        return float32_product(features, self.text_features)
+        return self._cosines(self.embed(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the L2-normalised image features, shape ``(B, D)``; see forward.
+        """Return the L2-normalised image features, shape ``(B, D)``; see :meth:`embed`."""
+        return F.normalize(self.embed(images), dim=-1)
 
-        Features as the model gives them are ``encode_image(preprocess(images))``.
-        """
-        images = self.preprocess(images)
-        if len(images) == 0:  # which not every encoder takes
-            return self.text_features.new_zeros((0, self.text_features.shape[1]))
-        features = self.encode_image(images)
-        return unit_rows("encode_image", features, self.text_features.dtype)
-
-    def preprocess(self, images: Tensor) -> Tensor:
-        """Resize and normalise images in [0, 1] into the model's input; differentiable.
-
-        Images that have the model's size already are only normalised. On CUDA the gradient of a
-        resize is summed in no fixed order: ``torch.use_deterministic_algorithms`` rejects it.
-
-        Args:
-            images: See :meth:`forward`.
-
-        Returns:
-            Shape ``(B, 3, *image_size)``, in the dtype of the model's weights.
-        """
-        self._check_images(images)
-        images = images.to(self.mean.dtype)
-        if self.image_size is not None:
-            images = resize(images, self.image_size, self.interpolation, self.resize_mode)
-        return ((images - self.mean) / self.std).to(self._weight_dtype())
+    def _cosines(self, features: Tensor) -> Tensor:
+        check_floating("features", features, shape="(B, D)", ndim=2)
+        if features.shape[1] != self.text_features.shape[1]:
+            expected = f"features of the text features' dimension {self.text_features.shape[1]}"
+            raise ValueError(wrong("features", expected, describe(features)))
+        check_same_device("features", features, "text_features", self.text_features)
+        dtype = torch.promote_types(features.dtype, self.text_features.dtype)
+        return float32_product(unit_rows("features", features, dtype), self.text_features)
 
     @property
     def logit_scale(self) -> float:
@@ -395,98 +477,24 @@ class ZeroShotClassifier(nn.Module):
         self._logit_scale = check_number("logit_scale", value, above=0)
 
     @property
+    def logit_bias(self) -> float:
+        """What is added to the logits; 0 for a model trained with a softmax."""
+        return self._logit_bias
+
+    @logit_bias.setter
+    def logit_bias(self, value: float) -> None:
+        self._logit_bias = check_number("logit_bias", value)
+
+    @property
     def prompts(self) -> tuple[tuple[str, ...], ...]:
         """The prompts of each class, one per template."""
         return tuple(fill(self.templates, name) for name in self.class_names)
 
     def extra_repr(self) -> str:
         """Summarise the classifier in one line of the module's repr."""
-        parts = [_plural(len(self.class_names), "class", "classes")]
-        if self.templates:
-            parts.append(_plural(len(self.templates), "template", "templates"))
+        classes, templates = len(self.class_names), len(self.templates)
+        parts = [f"{classes} class{'' if classes == 1 else 'es'}"]
+        if templates:
+            parts.append(f"{templates} template{'' if templates == 1 else 's'}")
         parts += [f"logit_scale={round(self.logit_scale, 2)}", f"image_size={self.image_size}"]
         return ", ".join(parts)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ZeroShotClassifier:
-        if isinstance(self.encode_image, FunctionType):
-            raise TypeError(
-                wrong(
-                    "encode_image",
-                    "a bound method, a module or a functools.partial of one, so that the copy uses "
-                    "its own weights",
-                    f"function {self.encode_image.__qualname__}",
-                    "build the classifier with one of these",
-                )
-            )
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        # copy.deepcopy through `memo` points the copied encode_image at the copied model.
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ZeroShotClassifier:
-        # half() and bfloat16() end up here; rounded text features would round every cosine.
-        exact = {name: getattr(self, name) for name in ("text_features", "mean", "std")}
-        super()._apply(fn, recurse)
-        for name, before in exact.items():
-            after = getattr(self, name)
-            if torch.finfo(after.dtype).bits < 32:
-                setattr(self, name, before.to(after.device))
-        return self
-
-    def _weight_dtype(self) -> torch.dtype:
-        # Mixed-precision models keep norms and embeddings in float32: the dtype that counts is
-        # that of the first layer to meet the images, a convolution wherever there is one.
-        convolutions = (p.dtype for p in self.model.parameters() if p.ndim == 4)
-        weights = (p.dtype for p in self.model.parameters() if p.is_floating_point())
-        return next(convolutions, next(weights, self.mean.dtype))
-
-    def _check_images(self, images: Tensor) -> None:
-        expected = "a floating-point tensor of shape (B, 3, H, W) with values in [0, 1]"
-        if not isinstance(images, Tensor):
-            raise TypeError(wrong("images", expected, describe(images)))
-        if not images.is_floating_point():
-            remedy = "for 8-bit images pass images.float() / 255"
-            raise TypeError(wrong("images", expected, describe(images), remedy))
-        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
-            raise ValueError(wrong("images", expected, describe(images)))
-        if images.device != self.mean.device:
-            raise ValueError(
-                wrong(
-                    "images",
-                    f"a tensor on the classifier's device {self.mean.device}",
-                    f"one on {images.device}",
-                    "move one of the two",
-                )
-            )
-        # Plain tensors only: one that a compiler is tracing with has no values.
-        if images.device.type == "cpu" and type(images) is Tensor and images.numel() > 0:
-            lowest, highest = (float(bound) for bound in torch.aminmax(images.detach()))
-            if lowest < -VALUE_TOLERANCE or highest > 1 + VALUE_TOLERANCE:
-                remedy = "pass pixels / 255 and leave the normalisation to the classifier"
-                got = f"values in [{lowest:.4g}, {highest:.4g}]"
-                raise ValueError(wrong("images", "values in [0, 1]", got, remedy))
-
-
-def _check_image_size(image_size: int | Sequence[int]) -> tuple[int, int]:
-    sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-    if len(sides) != 2:
-        raise ValueError(
-            wrong("image_size", "(height, width) or one number for both", describe(image_size))
-        )
-    height, width = (check_count("image_size", side, at_least=1) for side in sides)
-    return height, width
-
-
-def _check_channels(argument: str, values: Sequence[float], above: float | None = None) -> Tensor:
-    expected = "a tuple or list of three numbers, one a channel"
-    if not isinstance(values, (tuple, list)):
-        raise TypeError(wrong(argument, expected, describe(values)))
-    if len(values) != 3:
-        raise ValueError(wrong(argument, expected, describe(values)))
-    numbers = [check_number(argument, value, above=above) for value in values]
-    return torch.tensor(numbers, dtype=torch.float64).view(3, 1, 1)
-
-
-def _plural(count: int, one: str, many: str) -> str:
-    return f"{count} {one if count == 1 else many}"

@@ -40,14 +40,17 @@ MAY_IMPORT = {
     "_checks": set(),
     "_modules": set(),
     "_resize": set(),
+    "_towers": {"_checks"},
+    "_encoder": {"_checks", "_resize", "_towers"},
     "_prompts": {"_checks", "_modules"},
     "_kernels": {"_checks"},
     "dirichlet": {"_checks", "_kernels"},
     "losses": {"_checks", "_kernels", "dirichlet"},
     "attacks": {"_checks", "_modules"},
+    "attention": {"_checks"},
     "metrics": {"_checks"},
     "plots": {"_checks", "metrics"},
-    "zero_shot": {"_checks", "_prompts", "_resize", "dirichlet"},
+    "zero_shot": {"_checks", "_encoder", "_prompts", "_towers", "dirichlet"},
 }
 
 
@@ -95,7 +98,9 @@ def later():
 
 RESULTS = {"AlignTerms", "AttackResult", "ReliabilityTable"}  # returned, not called: no example
 PUBLIC = [
-    (module, name) for module in (calibclip, calibclip.metrics) for name in sorted(module.__all__)
+    (module, name)
+    for module in (calibclip, calibclip.attention, calibclip.metrics)
+    for name in sorted(module.__all__)
 ]
 
 

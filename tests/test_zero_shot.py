@@ -15,7 +15,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from calibclip.zero_shot import OPENAI_MEAN, OPENAI_STD, ZeroShotClassifier, clean_class_name
+from calibclip import ZeroShotClassifier, clean_class_name
+from calibclip._towers import OPENAI_MEAN, OPENAI_STD
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
@@ -81,6 +82,22 @@ def test_logits_equal_the_librarys_own_path():
     assert classifier.logit_scale == pytest.approx(1 / 0.07)
 
 
+def test_a_logit_bias_is_read_and_added():
+    model, images = tiny_clip(init_logit_bias=-10.0), random_images(3, 3, 32, 32)
+    classifier = from_clip(model)
+    text = TOKENIZER([f"This is a photo of a {name}" for name in CLEANED])
+    expected, _ = model.get_logits(normalise(images), text)
+    torch.testing.assert_close(classifier(images), expected, atol=1e-5, rtol=0)
+    assert classifier.logit_bias == -10.0
+    cosines = classifier.cosines(images)
+    torch.testing.assert_close(cosines, (expected + 10) / classifier.logit_scale)
+    plain = from_clip(tiny_clip())
+    assert plain.logit_bias == 0.0
+    torch.testing.assert_close(classifier(images).softmax(1), plain(images).softmax(1))
+    classifier.logit_bias = 0
+    assert torch.equal(classifier(images), plain(images))
+
+
 def test_image_gradient_equals_the_librarys_own_path():
     model = tiny_clip()
     prompts = [f"This is a photo of a {name}" for name in CLEANED]
@@ -135,6 +152,7 @@ def test_text_is_encoded_once_and_never_in_forward():
         ((48, 97), (32, 32), "shortest"),  # the longer side is not a whole number
         ((11, 20), (32, 32), "shortest"),  # enlarged
         ((32, 57), (32, 32), "shortest"),  # cropped only
+        ((35, 32), (32, 32), "shortest"),  # by an odd number
         ((60, 40), (24, 40), "shortest"),  # target not square
         ((33, 50), (32, 32), "squash"),
         ((20, 70), (24, 40), "squash"),
@@ -265,6 +283,87 @@ def test_forward_never_waits_for_the_device():
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # a value read here raises
         images = mode.from_tensor(random_images(2, 3, 40, 36))
         assert classifier(images).shape == (2, 4)
+
+
+# ---------------------------------------------------------------- encoders of one's own
+
+
+def from_encoders(model, **options):
+    return ZeroShotClassifier.from_encoders(
+        model, model.encode_image, model.encode_text, TOKENIZER, NAMES, TEMPLATES, **options
+    )
+
+
+def test_any_pair_of_encoders():
+    model, images = tiny_clip(), random_images(2, 3, 40, 32)
+    expected = from_clip(model, templates=TEMPLATES)
+    statistics = {"mean": OPENAI_MEAN, "std": OPENAI_STD}
+    classifier = from_encoders(model, logit_scale=expected.logit_scale, image_size=32, **statistics)
+    assert torch.equal(classifier(images), expected(images))
+    assert classifier.prompts == expected.prompts
+    assert torch.equal(copy.deepcopy(classifier)(images), expected(images))
+    biased = from_encoders(
+        model,
+        logit_scale=1.0,
+        logit_bias=-3.0,
+        encode_tokens=lambda x: (model.encode_image(x), torch.ones(len(x), 5, 16)),
+        **statistics,
+    )
+    assert biased.image_size is None
+    features, tokens = biased.embed_with_tokens(images[:, :, :32])
+    assert tokens.shape == (2, 5, 16)
+    cosines = expected.cosines(images[:, :, :32])
+    torch.testing.assert_close(biased.classify(features), cosines - 3)
+    with pytest.raises(TypeError, match="arguments: 'mean' and 'std'"):
+        from_encoders(model, logit_scale=1.0)
+
+
+# ---------------------------------------------------------------- features
+
+
+def test_one_pass_serves_features_and_logits():
+    model, images = tiny_clip(), random_images(3, 3, 40, 32)
+    classifier = from_clip(model)
+    features = classifier.embed(images)
+    assert torch.equal(features, model.encode_image(classifier.preprocess(images)))
+    assert (features.norm(dim=1) - 1).abs().min() > 1e-3  # as the encoder gives them
+    assert torch.equal(classifier.classify(features), classifier(images))
+    assert torch.equal(F.normalize(features, dim=-1), classifier.features(images))
+    # Only the direction counts, and classify takes what came from elsewhere.
+    torch.testing.assert_close(classifier.classify(7 * features), classifier(images))
+    assert classifier.classify(features.half()).dtype == torch.float32
+    assert classifier.classify(features.double()).dtype == torch.float64
+
+
+def test_huge_half_precision_features_do_not_overflow():
+    classifier = linear_classifier(encode_image=lambda x: (60000 * x[:, :2, 0, 0] + 1).half())
+    images = random_images(4, 3, 2, 2)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert classifier.embed(images).dtype == torch.float32
+        logits = classifier(images)
+    assert logits.isfinite().all()
+    assert logits.dtype == torch.float32
+    expected = 10 * F.normalize(60000 * images[:, :2, 0, 0] + 1, dim=-1)
+    torch.testing.assert_close(logits, expected, atol=2e-2, rtol=0)
+
+
+def test_embed_takes_an_empty_batch():
+    assert from_clip(tiny_clip()).embed(random_images(0, 3, 8, 8)).shape == (0, 16)
+
+
+@pytest.mark.parametrize(
+    ("features", "error", "message"),
+    [
+        ([[1.0, 2.0]], TypeError, r"^features: expected a floating-point tensor .*, got list"),
+        (torch.ones(2, 2).int(), TypeError, r"^features: .*, got int32 .*; call features.float"),
+        (torch.ones(2), ValueError, r"^features: expected .* shape \(B, D\), got .* \(2,\)"),
+        (torch.ones(4, 3), ValueError, r"^features: .* dimension 2, got float32 .* \(4, 3\)"),
+        (torch.ones(1, 2).to("meta"), ValueError, r"^features: expected the device of text_feat"),
+    ],
+)
+def test_classify_errors(features, error, message):
+    with pytest.raises(error, match=message):
+        linear_classifier().classify(features)
 
 
 # ---------------------------------------------------------------- precision
@@ -487,6 +586,9 @@ def test_import_does_not_load_open_clip():
         ({"model": torch.relu}, TypeError, r"^model: expected a torch.nn.Module, got builtin_func"),
         ({"encode_image": None}, TypeError, r"^encode_image: expected a callable .*, got NoneType"),
         ({"logit_scale": -1.0}, ValueError, r"^logit_scale: expected a number > 0, got -1"),
+        ({"logit_bias": "0"}, TypeError, r"^logit_bias: expected a number, got str"),
+        ({"logit_bias": math.nan}, ValueError, r"^logit_bias: expected a number, got nan"),
+        ({"encode_tokens": 3}, TypeError, r"^encode_tokens: expected a callable .*, got int 3"),
         ({"logit_scale": torch.ones(())}, TypeError, r"^logit_scale: .* pass float\(logit_scale\)"),
         ({"interpolation": "area"}, ValueError, r"^interpolation: expected one of 'bicubic', 'bil"),
         ({"resize_mode": "longest"}, ValueError, r"^resize_mode: .* 'squash', got 'longest'"),
@@ -562,8 +664,6 @@ def test_tokenizer_errors(tokenizer, error, message):
 def test_model_errors():
     with pytest.raises(TypeError, match=r"^model: expected an open_clip .*, got Linear without en"):
         from_clip(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"^model: .* got logit_bias = -10; .*logit_bias = None"):
-        from_clip(tiny_clip(init_logit_bias=-10.0))
     model = tiny_clip()
     del model.visual.image_size
     with pytest.raises(TypeError, match=r"^model: .* got VisionTransformer without one; pass ima"):
@@ -592,6 +692,10 @@ def test_feature_errors():
         linear_classifier(text_features=torch.eye(2, 5))(images)
     with pytest.raises(TypeError, match=r"^encode_image: .* shape \(N, D\), got tuple"):
         linear_classifier(encode_image=lambda x: (x, x))(images)
+    with pytest.raises(ValueError, match=r"^encode_image: .* shape \(N, D\), got .* \(1, 2, 2\)"):
+        linear_classifier(encode_image=lambda x: x[:, 0])(images)
+    with pytest.raises(ValueError, match=r"^encode_image: expected one row for each of 1 images"):
+        linear_classifier(encode_image=lambda x: torch.ones(3, 2))(images)
     model = tiny_clip()
     model.encode_text = lambda tokens: (tokens, tokens)
     with pytest.raises(TypeError, match=r"^encode_text: .* shape \(N, D\), got tuple"):
