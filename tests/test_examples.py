@@ -1,6 +1,7 @@
 """The main job, end to end, in its quick form."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ def test_finetune_digits_runs_and_reports(tmp_path):
         capture_output=True,
         text=True,
         check=False,
+        # One thread is as fast on so small a model, and does not slow down when cores are shared.
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stderr
     for name in ("original", "cross-entropy (TeCoA)", "Dirichlet alignment"):

@@ -387,3 +387,22 @@ def test_bad_options(module, options, error_type, message):
     tensors, target = with_labels(case.names)
     with pytest.raises(error_type, match=message):
         case.call(tensors, target)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 100.0])
+def test_pmg_of_predictions_that_hardly_differ(temperature):
+    """The temperature must not round the logits before their difference is taken."""
+    rng = np.random.default_rng(6)
+    ref = single(100 * rng.normal(0.2, 0.06, (4, 200)))
+    others = [single(ref + rng.normal(0, 1e-4, ref.shape)) for _ in range(2)]
+    results = []
+    for dtype in (F32, F64):
+        adv, ref_, clean = (torch.tensor(z, dtype=dtype) for z in (others[0], ref, others[1]))
+        adv.requires_grad_()
+        terms = PMGAFTLoss(temperature=temperature, reduction="none").terms(
+            adv, torch.arange(4), ref_, clean
+        )
+        (terms.kl_ref + terms.kl_clean).sum().backward()
+        results.append((terms.kl_ref.detach(), terms.kl_clean.detach(), adv.grad))
+    for found, want in zip(*results, strict=True):
+        assert (found - want).norm() <= 5e-6 * want.norm()

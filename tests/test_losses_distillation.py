@@ -16,6 +16,7 @@ from loss_cases import (
     error,
     make_inputs,
     prepared,
+    single,
     tensors_of,
 )
 
@@ -281,3 +282,22 @@ def test_the_oracles_weight_is_the_papers():
     cosines[:, 0] += 0.08
     terms = loss_oracles.distillation({name: 100 * cosines for name in PAIR})
     assert 140 < terms["kl"].weight.mean() < 210
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("sd", [1e-2, 1e-4])
+def test_predictions_that_hardly_differ(direction, sd):
+    """The temperature must not round the logits before their difference is taken."""
+    rng = np.random.default_rng(6)
+    ref = single(100 * rng.normal(0.2, 0.06, (4, 200)))
+    adv = single(ref + rng.normal(0, sd, ref.shape))
+    results = []
+    for dtype in (F32, F64):
+        tensors = [torch.tensor(z, dtype=dtype, requires_grad=True) for z in (adv, ref)]
+        value = distillation_loss(
+            tensors[0], None, tensors[1], direction=direction, detach_ref=False, reduction="none"
+        )
+        value.sum().backward()
+        results.append((value.detach(), *(z.grad for z in tensors)))
+    for found, want in zip(*results, strict=True):
+        assert (found - want).norm() <= 5e-6 * want.norm()

@@ -342,3 +342,37 @@ L, Y = torch.zeros(2, 3), torch.tensor([0, 2])
 def test_bad_input(call, error_type, message):
     with pytest.raises(error_type, match=message):
         call()
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("concentration", [20.0, 1000.0])
+def test_prior_network_near_its_target(direction, concentration):
+    """Where the loss drives the model: ln beta rounded to float32 would be wrong by 1e-3."""
+    log_beta = torch.zeros(3, 4, dtype=F64)
+    log_beta[range(3), range(3)] = math.log(1 + concentration)
+    noise = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
+    log_alpha = (log_beta + 1e-4 * noise).float().requires_grad_()
+    loss = prior_network_loss(
+        log_alpha,
+        torch.arange(3),
+        target_concentration=concentration,
+        direction=direction,
+        reduction="none",
+    )
+    loss.sum().backward()
+    assert loss.dtype == log_alpha.grad.dtype == F32
+    exact = log_alpha.detach().double().requires_grad_()
+    pair = (exact, log_beta) if direction == "reverse" else (log_beta, exact)
+    want = dirichlet_kl(*pair)
+    want.sum().backward()
+    assert (loss - want).norm() <= 1e-6 * want.norm()
+    assert (log_alpha.grad - exact.grad).norm() <= 1e-6 * exact.grad.norm()
+
+
+def test_huge_half_precision_concentrations_stay_finite():
+    log_alpha = torch.tensor([[6e4, 0.0, 5.0], [88.0, 100.0, 0.0]], dtype=torch.float16)
+    for kind in ("mse", "log", "digamma"):
+        value = edl_loss(log_alpha.requires_grad_(), torch.tensor([0, 1]), kind=kind)
+        (gradient,) = torch.autograd.grad(value, log_alpha)
+        assert value.isfinite()
+        assert gradient.isfinite().all()

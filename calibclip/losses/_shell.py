@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial, reduce
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from calibclip._checks import (
     check_choice,
@@ -24,17 +25,20 @@ from calibclip._checks import (
 from calibclip._kernels import IMPLEMENTATIONS
 from calibclip.dirichlet import REDUCTIONS
 
+Direction = Literal["reverse", "forward"]
+
 _at_least_zero = partial(check_number, at_least=0)
 _above_zero = partial(check_number, above=0)
 
-# An option means the same in every loss, so its name says how to check it.
+# An option means the same in every loss, so its name says how to check it. (FARE's clean_weight is
+# a share as well, which FARE checks.)
 _CHECKS: dict[str, Callable[..., object]] = {
     "adv_weight": _at_least_zero,
     "annealing_epochs": partial(check_count, at_least=1),
     "clean_weight": _at_least_zero,
     "detach_clean": check_flag,
     "detach_ref": check_flag,
-    "direction": partial(check_choice, choices=("reverse", "forward")),
+    "direction": partial(check_choice, choices=get_args(Direction)),
     "distance": partial(check_choice, choices=("l2", "l1", "cosine")),
     "frozen_reference": check_flag,
     "impl": partial(check_choice, choices=IMPLEMENTATIONS),
@@ -90,6 +94,11 @@ def check_maps(**maps: Tensor | None) -> list[Tensor]:
 def _check_alike(
     shape: str, ndim: int | None, remedy: str, inputs: Mapping[str, Tensor | None]
 ) -> list[Tensor]:
+    for name, value in inputs.items():
+        # The likeliest slip: labels where another loss takes its reference.
+        if isinstance(value, Tensor) and value.dtype == torch.int64 and value.ndim == 1:
+            expected = f"a floating-point tensor of shape {shape}"
+            raise TypeError(wrong(name, expected, describe(value), "labels go in target"))
     checked = [
         check_floating(name, value, shape=shape, ndim=ndim) for name, value in inputs.items()
     ]
@@ -113,6 +122,18 @@ def check_labels(target: Tensor, logits: Tensor) -> None:
     """Check class indices against logits ``(B, C)``."""
     batch, n_classes = logits.shape
     check_target(target, batch, n_classes, logits.device)
+
+
+def cross_entropies(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the cross-entropy of each row; no label is skipped.
+
+    PyTorch skips labels of -100 by default, which would leave a row out of a mean on an
+    accelerator, where labels are not looked at.
+    """
+    none = torch.iinfo(torch.int64).min
+    return F.cross_entropy(
+        logits, target, ignore_index=none, reduction="none", label_smoothing=float(label_smoothing)
+    )
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -151,9 +172,15 @@ class LossModule(nn.Module):
 
     def __init__(self, *may_be_none: str, **options: Any) -> None:
         super().__init__()
-        self._option_names = tuple(options)
-        for name, value in check_options(*may_be_none, **options).items():
+        self._option_names, self._may_be_none = tuple(options), may_be_none
+        for name, value in options.items():
             setattr(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check an option whenever it is set: weights are changed during a training."""
+        if name in self.__dict__.get("_option_names", ()):
+            value = check_options(*self._may_be_none, **{name: value})[name]
+        super().__setattr__(name, value)
 
     @property
     def options(self) -> dict[str, Any]:

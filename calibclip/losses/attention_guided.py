@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from calibclip.dirichlet import Reduction, reduce
 from calibclip.losses._shell import (
@@ -19,6 +18,7 @@ from calibclip.losses._shell import (
     check_options,
     check_same_batch,
     cosine_distance,
+    cross_entropies,
     row_norm,
 )
 
@@ -60,7 +60,7 @@ def _tga_terms(
     )
     check_same_batch("attention_adv", attention_adv, logits_adv)
     ref = ref.detach() if detach_ref else ref
-    cross_entropy = F.cross_entropy(logits_adv, target, reduction="none")
+    cross_entropy = cross_entropies(logits_adv, target)
     distance_adv, distance_clean = (_map_distance(maps, ref, distance) for maps in (adv, clean))
     total = cross_entropy + adv_weight * distance_adv + clean_weight * distance_clean
     terms = (total, cross_entropy, distance_adv, distance_clean)

@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from calibclip._checks import check_number, describe, wrong
 from calibclip._kernels import categorical_kl
@@ -23,6 +22,7 @@ from calibclip.losses._shell import (
     check_logits,
     check_options,
     cosine_distance,
+    cross_entropies,
     unit_rows,
 )
 
@@ -45,10 +45,7 @@ def _tecoa_terms(
 ) -> TeCoATerms:
     (logits_adv,) = check_logits(logits_adv=logits_adv)
     check_labels(target, logits_adv)
-    loss = F.cross_entropy(
-        logits_adv, target, reduction="none", label_smoothing=float(label_smoothing)
-    )
-    total = reduce(loss, reduction)
+    total = reduce(cross_entropies(logits_adv, target, label_smoothing), reduction)
     return TeCoATerms(total, total)
 
 
@@ -153,12 +150,12 @@ def _pmg_aft_terms(
         logits_adv=logits_adv, logits_adv_ref=logits_adv_ref, logits_clean=logits_clean
     )
     check_labels(target, adv)
-    adv, ref, clean = adv / temperature, ref / temperature, clean / temperature
     ref = ref.detach() if detach_ref else ref
     clean = clean.detach() if detach_clean else clean
-    cross_entropy = reduce(F.cross_entropy(adv, target, reduction="none"), reduction)
-    kl_ref = reduce(categorical_kl(ref, adv), kl_reduction or reduction)
-    kl_clean = reduce(categorical_kl(clean, adv), kl_reduction or reduction)
+    scale = 1 / temperature
+    cross_entropy = reduce(cross_entropies(adv * scale, target), reduction)
+    kl_ref = reduce(categorical_kl(ref, adv, scale), kl_reduction or reduction)
+    kl_clean = reduce(categorical_kl(clean, adv, scale), kl_reduction or reduction)
     total = cross_entropy + ref_weight * kl_ref + clean_weight * kl_clean
     return PMGAFTTerms(total, cross_entropy, kl_ref, kl_clean)
 
@@ -329,7 +326,7 @@ def _fare_terms(
     if clean_weight > 0:
         if features_clean is None:
             expected, remedy = "features with clean_weight > 0", "pass them, or set clean_weight=0"
-            raise TypeError(wrong("features_clean", expected, "None", remedy))
+            raise ValueError(wrong("features_clean", expected, "None", remedy))
         inputs["features_clean"] = features_clean
     elif features_clean is not None:
         got = describe(features_clean)

@@ -3,18 +3,22 @@ r"""Cross-entropy plus a Dirichlet KL to the frozen model's clean prediction (Lu
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from calibclip._checks import wrong
 from calibclip._kernels import dirichlet_kl_parts, scalar_dtype
 from calibclip.dirichlet import Implementation, Reduction, reduce
-from calibclip.losses._shell import LossModule, check_labels, check_logits, check_options
-
-Direction = Literal["reverse", "forward"]
+from calibclip.losses._shell import (
+    Direction,
+    LossModule,
+    check_labels,
+    check_logits,
+    check_options,
+    cross_entropies,
+)
 
 
 class AlignTerms(NamedTuple):
@@ -113,7 +117,7 @@ def dirichlet_align_terms(
     if target is None:
         cross_entropy = torch.zeros_like(aligned)
     else:
-        cross_entropy = F.cross_entropy(upcast, target, reduction="none")
+        cross_entropy = cross_entropies(upcast, target)
     mean_strength = log_mean_strength.exp()
     wide = (part.to(mean_strength.dtype) for part in (shape, evidence))
     shape, evidence = (torch.where(part == 0, part, part * mean_strength) for part in wide)

@@ -2,18 +2,22 @@ r"""Plain distillation from the frozen model: the baseline the Dirichlet alignme
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from calibclip._kernels import categorical_kl
 from calibclip.dirichlet import Reduction, reduce
-from calibclip.losses._shell import LossModule, check_labels, check_logits, check_options
+from calibclip.losses._shell import (
+    Direction,
+    LossModule,
+    check_labels,
+    check_logits,
+    check_options,
+    cross_entropies,
+)
 from calibclip.losses.dirichlet_align import log_strength, paper_log_weight
-
-Direction = Literal["forward", "reverse"]
 
 
 class DistillationTerms(NamedTuple):
@@ -48,13 +52,12 @@ def _distillation_terms(
     else:
         weights = torch.full_like(adv[:, 0], weight, requires_grad=False)
     scale = 1 / (logit_scale * temperature)
-    pair = (ref * scale, adv * scale) if direction == "forward" else (adv * scale, ref * scale)
-    kl = categorical_kl(*pair)
+    kl = categorical_kl(*((ref, adv) if direction == "forward" else (adv, ref)), scale)
     if target is None:
         cross_entropy = torch.zeros_like(kl)
     else:
         check_labels(target, adv)
-        cross_entropy = F.cross_entropy(adv, target, reduction="none")
+        cross_entropy = cross_entropies(adv, target)
     total = cross_entropy + weights * kl
     terms = (reduce(term, reduction) for term in (total, cross_entropy, kl))
     return DistillationTerms(*terms, effective_weight=weights.mean())

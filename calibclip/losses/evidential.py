@@ -7,15 +7,22 @@ Prior Network *are* ``log_alpha``.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from calibclip._checks import check_number
-from calibclip._kernels import dirichlet_kl_parts
+from calibclip._kernels import dirichlet_kl_parts, scalar_dtype
 from calibclip.dirichlet import Reduction, digamma_excess, reduce, simplex
-from calibclip.losses._shell import LossModule, check_labels, check_logits, check_options
+from calibclip.losses._shell import (
+    Direction,
+    LossModule,
+    check_labels,
+    check_logits,
+    check_options,
+)
 
 # Evidential deep learning
 
@@ -103,8 +110,8 @@ def edl_loss(
         reduction: ``"none"``, ``"mean"`` or ``"sum"`` over the batch.
 
     Returns:
-        0-d, or ``(B,)`` for ``"none"``; float32 (float64 for float64 input). The KL overflows
-        where :math:`\alpha_0 \ln\alpha_0` does. It differentiates once.
+        0-d, or ``(B,)`` for ``"none"``; float32 (float64 for float64 input). It differentiates
+        once, and not under ``torch.func``.
 
     Raises:
         TypeError: Concentrations that are not a floating-point tensor, or a target that is not
@@ -173,8 +180,6 @@ class EDLLoss(LossModule):
 
 # Prior Networks
 
-Direction = Literal["reverse", "forward"]
-
 
 class PriorNetworkTerms(NamedTuple):
     """What ``PriorNetworkLoss`` is made of, each reduced like the loss; see ``AlignTerms``."""
@@ -193,12 +198,16 @@ def _prior_network_terms(
     reduction: Reduction,
 ) -> PriorNetworkTerms:
     (log_alpha,) = check_logits(log_alpha_adv=log_alpha_adv)
-    beta = torch.ones_like(log_alpha)
+    # ln beta rounded to float32 would be all that is left of the KL near the target.
+    exact = log_alpha.to(scalar_dtype(log_alpha.device))
+    log_beta = torch.zeros_like(exact)
     if target is not None:
         check_labels(target, log_alpha)
-        beta = beta.scatter(1, target.unsqueeze(1), 1 + target_concentration)
-    pair = (log_alpha, beta.log()) if direction == "reverse" else (beta.log(), log_alpha)
-    shape, evidence = dirichlet_kl_parts(*pair)
+        log_beta = log_beta.scatter(1, target.unsqueeze(1), math.log1p(target_concentration))
+    parts = dirichlet_kl_parts(
+        *((exact, log_beta) if direction == "reverse" else (log_beta, exact))
+    )
+    shape, evidence = (part.to(log_alpha.dtype) for part in parts)
     terms = (shape + evidence, shape, evidence)
     return PriorNetworkTerms(*(reduce(term, reduction) for term in terms))
 
@@ -229,8 +238,8 @@ def prior_network_loss(
         reduction: ``"none"``, ``"mean"`` or ``"sum"`` over the batch.
 
     Returns:
-        0-d, or ``(B,)`` for ``"none"``; float32 (float64 for float64 input), with the accuracy and
-        range of ``dirichlet_kl``. It differentiates once.
+        0-d, or ``(B,)`` for ``"none"``; float32 (float64 for float64 input), computed in float64
+        where the device has it. It differentiates once, and not under ``torch.func``.
 
     Raises:
         TypeError: Concentrations that are not a floating-point tensor, or a target that is not

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from calibclip._checks import wrong
 from calibclip._kernels import categorical_kl
@@ -22,6 +21,7 @@ from calibclip.losses._shell import (
     check_options,
     check_same_batch,
     cosine_distance,
+    cross_entropies,
 )
 
 # TRADES
@@ -46,7 +46,7 @@ def _trades_terms(
 ) -> TRADESTerms:
     adv, clean = check_logits(logits_adv=logits_adv, logits_clean=logits_clean)
     check_labels(target, adv)
-    cross_entropy = F.cross_entropy(clean, target, reduction="none")
+    cross_entropy = cross_entropies(clean, target)
     kl = categorical_kl(clean.detach() if detach_clean else clean, adv)
     total = cross_entropy + weight * kl
     return TRADESTerms(*(reduce(term, reduction) for term in (total, cross_entropy, kl)))
@@ -166,7 +166,7 @@ def _fap_terms(
     check_labels(target, adv)
     features = check_features(features_adv=features_adv, features_clean=features_clean)
     check_same_batch("features_adv", features_adv, adv)
-    cross_entropy = F.cross_entropy(clean, target, reduction="none")
+    cross_entropy = cross_entropies(clean, target)
     kl = categorical_kl(clean, adv) * (2 - cosine_distance(*features))
     total = cross_entropy + weight * kl
     return FAPTerms(*(reduce(term, reduction) for term in (total, cross_entropy, kl)))
@@ -412,7 +412,9 @@ class SimCLIPLoss(LossModule):
         given = {"features_ref": features_ref, "features_clean": features_clean}
         if given[self._other] is None:
             expected = f"features with frozen_reference={self.options['frozen_reference']}"
-            raise ValueError(wrong(self._other, expected, "none"))
+            got = next((name for name, features in given.items() if features is not None), "none")
+            remedy = "pass them by name, or build the loss with the other frozen_reference"
+            raise ValueError(wrong(self._other, expected, got, remedy))
         return _simclip_terms(features_adv, **given, reduction=self.options["reduction"])
 
     def forward(
