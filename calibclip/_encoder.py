@@ -18,8 +18,8 @@ from calibclip._checks import (
     describe,
     wrong,
 )
+from calibclip._libraries import WITH_TOKENS
 from calibclip._resize import RESIZE_MODES, resize
-from calibclip._towers import WITH_TOKENS
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -233,8 +233,9 @@ class ImageEncoder(nn.Module):
                     "move one of the two",
                 )
             )
-        # Plain tensors only: one that a compiler is tracing with has no values.
-        if images.device.type == "cpu" and type(images) is Tensor and images.numel() > 0:
+        # What a compiler is tracing with has no values.
+        traced = torch.compiler.is_compiling() or type(images) is not Tensor
+        if images.device.type == "cpu" and not traced and images.numel() > 0:
             lowest, highest = (float(bound) for bound in torch.aminmax(images.detach()))
             if lowest < -VALUE_TOLERANCE or highest > 1 + VALUE_TOLERANCE:
                 remedy = "pass pixels / 255 and leave the normalisation to the classifier"

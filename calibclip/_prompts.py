@@ -45,7 +45,7 @@ def encode_classes(
     templates: Sequence[str],
 ) -> Tensor:
     """Return the mean over templates of the normalised prompt features, shape ``(K, D)``."""
-    weight = next(model.parameters())
+    weight = _check_encoders(model, encode_text, tokenizer)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     step = max(1, PROMPTS_PER_BATCH // len(templates))  # whole classes, so that means are local
     means = []
@@ -55,9 +55,26 @@ def encode_classes(
             prompts = [prompt for name in names for prompt in fill(templates, name)]
             tokens = _check_tokens(tokenizer(prompts), len(prompts)).to(weight.device)
             with torch.autocast(weight.device.type, enabled=False):
-                features = unit_rows("encode_text", encode_text(tokens), dtype)
+                features = unit_features("encode_text", encode_text(tokens), dtype)
+            if len(features) != len(prompts):
+                expected = f"features of shape ({len(prompts)}, D) from {len(prompts)} prompts"
+                raise ValueError(wrong("encode_text", expected, describe(features)))
             means.append(features.view(len(names), len(templates), -1).mean(dim=1))
     return torch.cat(means)
+
+
+def _check_encoders(model: object, encode_text: object, tokenizer: object) -> Tensor:
+    """Return one of the model's weights, which says where and how the prompts are encoded."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(wrong("model", "a torch.nn.Module", describe(model)))
+    for name, call in (("encode_text", encode_text), ("tokenizer", tokenizer)):
+        if not callable(call):
+            raise TypeError(wrong(name, "a callable", describe(call)))
+    weight = next(model.parameters(), None)
+    if weight is None:
+        got = f"{type(model).__name__} without any"
+        raise ValueError(wrong("model", "the module that holds the encoders' parameters", got))
+    return weight
 
 
 def fill(templates: Sequence[str], name: str) -> tuple[str, ...]:
@@ -65,7 +82,7 @@ def fill(templates: Sequence[str], name: str) -> tuple[str, ...]:
     return tuple(template.replace("{}", name) for template in templates)
 
 
-def unit_rows(argument: str, features: Tensor, dtype: torch.dtype) -> Tensor:
+def unit_features(argument: str, features: Tensor, dtype: torch.dtype) -> Tensor:
     """Check an encoder's output, shape ``(N, D)``, and L2-normalise its rows in ``dtype``."""
     check_floating(argument, features, shape="(N, D)", ndim=2)
     return F.normalize(features.to(dtype), dim=-1)
@@ -110,7 +127,7 @@ def check_text_features(text_features: Tensor, class_names: Sequence[str]) -> Te
     dtype = torch.promote_types(text_features.dtype, torch.float32)
     # A tensor made in inference mode could not be saved for the backward pass to the images.
     with torch.inference_mode(False), torch.no_grad():
-        return unit_rows("text_features", text_features, dtype)
+        return unit_features("text_features", text_features, dtype)
 
 
 def _check_distinct(names: Sequence[str], allow_duplicates: bool) -> None:

@@ -120,7 +120,7 @@ def complementary_attention(
     .. math:: A = A^+ \odot (1 - A^-)
 
     with the :func:`text_guided_attention` of both texts, multiplied after the enlargement. In the
-    paper the texts are "This is a photo of a {}" and "This is not a photo of a {}".
+    published code the texts are "This is a photo of a {}" and "This is not a photo of a {}".
 
     Args:
         tokens: Projected into the joint space, class token first, shape ``(B, 1 + N, D)``.

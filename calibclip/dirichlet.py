@@ -24,6 +24,19 @@ from calibclip._checks import (
     wrong,
 )
 from calibclip._kernels import Implementation, dirichlet_kl_parts
+from calibclip._kernels.special import smallest
+
+__all__ = [
+    "DirichletHead",
+    "aleatoric_uncertainty",
+    "cosine_similarity",
+    "dirichlet_kl",
+    "epistemic_uncertainty",
+    "log_concentration",
+    "mutual_information",
+    "predictive_entropy",
+    "vacuity",
+]
 
 Reduction = Literal["none", "mean", "sum"]
 REDUCTIONS = get_args(Reduction)
@@ -259,6 +272,8 @@ def digamma_excess(log_x: Tensor) -> Tensor:
     has an error of 1e-9.
     """
     n = 4 if log_x.dtype == torch.float32 else 12
+    if smallest(log_x) >= math.log(n):  # as CLIP's are, if it may be looked at
+        return _digamma_series(torch.exp(-log_x))
     is_small = log_x < math.log(n)
     # Both branches see harmless arguments everywhere, so that neither's gradient is NaN; where, not
     # clamp, whose gradient at the bound itself depends on how the bound is rounded.

@@ -15,6 +15,14 @@ from torch.nn import functional as F
 
 from calibclip._checks import check_floating, check_number, check_same_device, describe, wrong
 from calibclip._encoder import ImageEncoder
+from calibclip._libraries import (
+    Options,
+    Parts,
+    given_settings,
+    open_clip_parts,
+    openai_parts,
+    transformers_parts,
+)
 from calibclip._prompts import (
     check_strings,
     check_templates,
@@ -22,9 +30,8 @@ from calibclip._prompts import (
     distinct_names,
     encode_classes,
     fill,
-    unit_rows,
+    unit_features,
 )
-from calibclip._towers import Options, Parts, open_clip_parts, openai_parts, transformers_parts
 from calibclip.dirichlet import float32_product
 
 if TYPE_CHECKING:
@@ -88,12 +95,9 @@ class ZeroShotClassifier(ImageEncoder):
             ``(B, D)`` and ``(B, 1 + N, D)``, for :meth:`embed_with_tokens`. ``None``: it raises.
 
     Attributes:
-        model: As given.
-        encode_image: As given.
-        encode_tokens: As given.
+        model, encode_image, encode_tokens: As given.
         text_features: Normalised class features, shape ``(K, D)``.
-        logit_scale: Float.
-        logit_bias: Float.
+        logit_scale, logit_bias: Floats.
         class_names: Tuple of ``K`` names; the position is the label.
         templates: Tuple of templates.
         image_size: ``(height, width)`` or ``None``.
@@ -356,7 +360,7 @@ class ZeroShotClassifier(ImageEncoder):
             logit_bias: As for the constructor.
             encode_tokens: As for the constructor.
             **options: The keyword options of :meth:`from_open_clip`, of which ``mean`` and ``std``
-                are required here. Without ``image_size`` images are not resized.
+                are required. Without ``image_size`` images are not resized.
 
         Returns:
             The classifier, on the model's device.
@@ -377,6 +381,9 @@ class ZeroShotClassifier(ImageEncoder):
         """
 
         def parts(_: object, tokenizer: Any, given: dict[str, Any]) -> Parts:
+            for name in ("mean", "std"):
+                if name not in given:
+                    raise TypeError(wrong(name, "three numbers, one a channel", "none"))
             settings = {"image_size": None, **given}
             encoders = (encode_image, encode_text, tokenizer)
             return Parts(*encoders, logit_scale, logit_bias, settings, encode_tokens)
@@ -394,16 +401,9 @@ class ZeroShotClassifier(ImageEncoder):
         *,
         clean_class_names: bool = True,
         allow_duplicates: bool = False,
-        image_size: int | Sequence[int] | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        interpolation: str | None = None,
-        resize_mode: str | None = None,
+        **preprocessing: Any,
     ) -> ZeroShotClassifier:
-        names = ("image_size", "mean", "std", "interpolation", "resize_mode")
-        settings = zip(names, (image_size, mean, std, interpolation, resize_mode), strict=True)
-        given = {name: value for name, value in settings if value is not None}
-        parts = take_apart(model, tokenizer, given)
+        parts = take_apart(model, tokenizer, given_settings(preprocessing))
         names = distinct_names(class_names, clean_class_names, allow_duplicates)
         check_templates(templates)
         return cls(
@@ -465,7 +465,7 @@ class ZeroShotClassifier(ImageEncoder):
             raise ValueError(wrong("features", expected, describe(features)))
         check_same_device("features", features, "text_features", self.text_features)
         dtype = torch.promote_types(features.dtype, self.text_features.dtype)
-        return float32_product(unit_rows("features", features, dtype), self.text_features)
+        return float32_product(unit_features("features", features, dtype), self.text_features)
 
     @property
     def logit_scale(self) -> float:

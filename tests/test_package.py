@@ -40,8 +40,8 @@ MAY_IMPORT = {
     "_checks": set(),
     "_modules": set(),
     "_resize": set(),
-    "_towers": {"_checks"},
-    "_encoder": {"_checks", "_resize", "_towers"},
+    "_libraries": {"_checks"},
+    "_encoder": {"_checks", "_resize", "_libraries"},
     "_prompts": {"_checks", "_modules"},
     "_kernels": {"_checks"},
     "dirichlet": {"_checks", "_kernels"},
@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "attention": {"_checks"},
     "metrics": {"_checks"},
     "plots": {"_checks", "metrics"},
-    "zero_shot": {"_checks", "_encoder", "_prompts", "_towers", "dirichlet"},
+    "zero_shot": {"_checks", "_encoder", "_prompts", "_libraries", "dirichlet"},
 }
 
 
@@ -96,10 +96,10 @@ def later():
 
 # The public surface
 
-RESULTS = {"AlignTerms", "AttackResult", "ReliabilityTable"}  # returned, not called: no example
+RESULTS = {"AttackResult", "ReliabilityTable"}  # returned, not called: no example; and all *Terms
 PUBLIC = [
     (module, name)
-    for module in (calibclip, calibclip.attention, calibclip.metrics)
+    for module in (calibclip, calibclip.attention, calibclip.losses, calibclip.metrics)
     for name in sorted(module.__all__)
 ]
 
@@ -111,7 +111,7 @@ def test_public_names_are_documented(module, name):
     assert text
     if inspect.ismodule(value):
         return
-    if name not in RESULTS:
+    if name not in RESULTS and not name.endswith("Terms"):
         assert "Example:\n" in text
         assert ">>> " in text
     if inspect.isfunction(value):

@@ -319,7 +319,7 @@ def test_models_without_tokens_are_refused(clip):
     assert own.startswith("Sequential without encode_tokens; for an encoder of your own, pass enco")
 
 
-def test_timm_towers_are_refused():
+def test_timm_libraries_are_refused():
     timm = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 32, "timm_pool": "token"}
     assert refused(from_clip(tiny_clip(vision=timm))) == "TimmModel"
 

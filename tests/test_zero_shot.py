@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from calibclip import ZeroShotClassifier, clean_class_name
-from calibclip._towers import OPENAI_MEAN, OPENAI_STD
+from calibclip._libraries import OPENAI_MEAN, OPENAI_STD
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
@@ -314,7 +314,7 @@ def test_any_pair_of_encoders():
     assert tokens.shape == (2, 5, 16)
     cosines = expected.cosines(images[:, :, :32])
     torch.testing.assert_close(biased.classify(features), cosines - 3)
-    with pytest.raises(TypeError, match="arguments: 'mean' and 'std'"):
+    with pytest.raises(TypeError, match=r"^mean: expected three numbers"):
         from_encoders(model, logit_scale=1.0)
 
 
@@ -724,3 +724,35 @@ def test_logit_scale_is_a_checked_float():
 def test_a_class_name_is_a_string():
     with pytest.raises(TypeError, match=r"^name: expected a string, got int 3$"):
         clean_class_name(3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"model": None}, TypeError, r"^model: expected a torch\.nn\.Module, got NoneType"),
+        ({"model": nn.Flatten()}, ValueError, r"^model: .* parameters, got Flatten without any"),
+        ({"encode_text": None}, TypeError, r"^encode_text: expected a callable, got NoneType"),
+        ({"tokenizer": "clip"}, TypeError, r"^tokenizer: expected a callable, got str 'clip'"),
+        ({"std": None}, TypeError, r"^std: expected three numbers, one a channel, got none"),
+        (
+            {"encode_text": lambda tokens: torch.ones(2 * len(tokens), 2)},
+            ValueError,
+            r"^encode_text: expected features of shape \(2, D\) from 2 prompts, got .* \(4, 2\)$",
+        ),
+        ({"crop": True}, TypeError, r"^options: expected some of clean_class_names, .*, got crop$"),
+    ],
+)
+def test_mistakes_with_encoders(changes, error, message):
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    options = {
+        "model": encoder,
+        "encode_image": encoder,
+        "encode_text": lambda tokens: torch.ones(len(tokens), 2),
+        "tokenizer": lambda prompts: torch.ones(len(prompts), 1, dtype=torch.int64),
+        "class_names": ["a", "b"],
+        "logit_scale": 1.0,
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+    }
+    with pytest.raises(error, match=message):
+        ZeroShotClassifier.from_encoders(**{**options, **changes})

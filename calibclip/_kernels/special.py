@@ -40,7 +40,7 @@ def largest(t: Tensor) -> float:
     """Return ``max |t|``, or infinity on an accelerator, where looking would stall it."""
     if t.device.type != "cpu" or t.numel() == 0:
         return math.inf
-    low, high = torch.aminmax(t)
+    low, high = torch.aminmax(t.detach())
     bound = max(-float(low), float(high))
     return math.inf if math.isnan(bound) else bound
 
@@ -49,7 +49,7 @@ def smallest(t: Tensor) -> float:
     """Return ``min t``, or -infinity on an accelerator or next to a NaN."""
     if t.device.type != "cpu" or t.numel() == 0:
         return -math.inf
-    low = float(t.min())
+    low = float(t.detach().min())
     return -math.inf if math.isnan(low) else low
 
 

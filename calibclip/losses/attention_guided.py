@@ -189,8 +189,8 @@ def comp_tga_loss(
         tensor(2.5533)
 
     References:
-        Comp-TGA, by the authors of TGA-ZSR: the objective of ``Comp-TGA.py`` in
-        https://github.com/zhyblue424/TGA-ZSR.
+        Yu et al., "Complementary Text-Guided Attention for Zero-Shot Adversarial Robustness", IEEE
+        TPAMI 2026: the objective of ``Comp-TGA.py`` in https://github.com/zhyblue424/TGA-ZSR.
     """
     options = check_options(
         adv_weight=adv_weight,

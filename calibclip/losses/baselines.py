@@ -206,7 +206,8 @@ def pmg_aft_loss(
 
     Returns:
         0-d, or ``(B,)`` for ``"none"``; float32 (float64 for float64 input), also for half
-        precision and under autocast.
+        precision and under autocast. The KL
+        differentiates once, and not under ``torch.func``.
 
     Raises:
         TypeError: Logits that are not floating-point tensors, or a target that is not int64.
@@ -243,7 +244,7 @@ class PMGAFTLoss(LossModule):
     - the logits are divided by the logit scale, so all three terms see bare cosines: with 200
       classes the cross-entropy stays near its maximum of ln 200;
     - the KLs are summed over the batch and the cross-entropy averaged, so their balance depends on
-      the batch size (256 in the paper);
+      the batch size (256 in the published configuration);
     - gradients also flow into the frozen model's logits, where nothing trains.
 
     Example:
@@ -376,7 +377,7 @@ def fare_loss(
         features_clean: Trained encoder on the clean image; only with ``clean_weight > 0``.
         clean_weight: w in [0, 1].
         metric: ``"l2"`` (squared) or ``"cosine"``.
-        normalize: Whether ``"l2"`` compares features of unit length.
+        normalize: Whether ``"l2"`` compares features of unit length, as ``"cosine"`` always does.
         detach_ref: Whether gradients stop at ``features_ref``.
         reduction: ``"none"``, ``"mean"`` or ``"sum"`` over the batch.
 
@@ -387,7 +388,7 @@ def fare_loss(
     Raises:
         TypeError: Features that are not floating-point tensors.
         ValueError: Features that are not ``(B, D)`` or differ in shape, clean features without a
-            weight, or an option out of range.
+            weight or the other way round, or an option out of range.
 
     Example:
         >>> fare_loss(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 2.0]]))
@@ -414,7 +415,8 @@ class FARELoss(LossModule):
     """``fare_loss`` with its options kept; see there.
 
     ``official()`` is the plain loss: the published one has nothing to correct. (Its code's default
-    attack maximises the distance of *normalised* features; give your attack this loss's own.)
+    attack compares a *normalised* attacked embedding with the plain reference; give your attack
+    this loss's own distance.)
 
     Example:
         >>> FARELoss()(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 2.0]]))

@@ -94,7 +94,8 @@ def distillation_loss(
         logit_scale: s > 0, multiplicative: ``logits = s * cosine``.
         temperature: T > 0, of the cosines: the softmax has a temperature of sT on the logits.
         weight: w >= 0; ``None`` is the paper's :math:`\lambda` times each sample's
-            :math:`\alpha_0(\mathrm{ref})`, about 170 for OpenAI's CLIP and 200 classes. No factor
+            :math:`\alpha_0(\mathrm{ref})`, about 170 for 200 classes and cosines in the
+            range of OpenAI's CLIP. No factor
             :math:`T^2` is added.
         direction: ``"forward"`` is KL(ref || adv), which the paper's KL(Dir_adv || Dir_ref) turns
             into; ``"reverse"`` is KL(adv || ref).
@@ -103,7 +104,8 @@ def distillation_loss(
 
     Returns:
         0-d, or ``(B,)`` for ``"none"``; float32 (float64 for float64 input), also for half
-        precision and under autocast.
+        precision and under autocast. The KL
+        differentiates once, and not under ``torch.func``.
 
     Raises:
         TypeError: Logits that are not floating-point tensors, or a target that is not int64.

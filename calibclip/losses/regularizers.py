@@ -79,7 +79,8 @@ def trades_loss(
 
     Returns:
         0-d, or ``(B,)`` for ``"none"``; float32 (float64 for float64 input), also for half
-        precision and under autocast.
+        precision and under autocast. The KL
+        differentiates once, and not under ``torch.func``.
 
     Raises:
         TypeError: Logits that are not floating-point tensors, or a target that is not int64.
@@ -203,7 +204,8 @@ def fap_loss(
 
     Returns:
         0-d, or ``(B,)`` for ``"none"``; float32 (float64 for float64 input), also for half
-        precision and under autocast.
+        precision and under autocast. The KL
+        differentiates once, and not under ``torch.func``.
 
     Raises:
         TypeError: Logits or features that are not floating-point tensors, or a target that is not

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from calibclip import ZeroShotClassifier
-from calibclip._towers import OPENAI_STD
+from calibclip._libraries import OPENAI_STD
 
 
 def photo(height, width):
@@ -113,7 +113,7 @@ def test_openai_options_and_errors(clip):
         from_openai(clip, nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"^image_size: expected an integer >= 1, got 0"):
         from_openai(clip, model, image_size=0)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'size'"):
+    with pytest.raises(TypeError, match=r"^options: expected some of .*, got size$"):
         from_openai(clip, model, size=None)
     del model.visual.input_resolution
     with pytest.raises(TypeError, match=r"^model: .* VisionTransformer without it; .* jit=False"):
@@ -267,3 +267,12 @@ def test_transformers_model_errors():
         from_hf(vision, clip_processor())
     with pytest.raises(TypeError, match=r"^processor: expected a processor .* or a tokenizer, got"):
         from_hf(tiny_hf_clip(), None)
+
+
+@pytest.mark.parametrize("output", ["text", None])
+def test_a_tokenizer_of_another_library_is_refused(output):
+    """open_clip's takes no padding; another returns no input_ids."""
+    model = tiny_hf_clip()
+    tokenizer = open_clip.SimpleTokenizer() if output is None else lambda prompts, **options: output
+    with pytest.raises(TypeError, match=r"^processor: expected a processor or tokenizer of transf"):
+        ZeroShotClassifier.from_transformers(model, tokenizer, ["cat", "dog"])

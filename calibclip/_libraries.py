@@ -51,6 +51,15 @@ class Options(TypedDict, total=False):
     resize_mode: str | None
 
 
+def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the preprocessing settings that are not None, and refuse what is no option."""
+    known = Options.__annotations__
+    for name in options:
+        if name not in known:
+            raise TypeError(wrong("options", f"some of {', '.join(known)}", name))
+    return {name: value for name, value in options.items() if value is not None}
+
+
 class Parts(NamedTuple):
     """What a classifier takes from a model; the callables can be copied together with it."""
 
@@ -263,9 +272,15 @@ def _pooler_output(output: Any) -> Tensor:
 def _transformers_tokens(tokenizer: Any, length: int, prompts: list[str]) -> Tensor:
     # Full length, and no attention mask: SigLIP was trained so, and takes its text feature from the
     # last position; CLIP's is at the end of the text, which never looks at the padding behind it.
-    return tokenizer(
-        prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )["input_ids"]
+    expected = "a processor or tokenizer of transformers, which returns input_ids"
+    options = {"padding": "max_length", "max_length": length, "truncation": True}
+    try:
+        output = tokenizer(prompts, return_tensors="pt", **options)
+    except TypeError as error:
+        raise TypeError(wrong("processor", expected, type(tokenizer).__name__)) from error
+    if not isinstance(output, Mapping):
+        raise TypeError(wrong("processor", expected, f"one that returns {type(output).__name__}"))
+    return output["input_ids"]
 
 
 def _processor_settings(processor: Any, given: Mapping[str, Any]) -> dict[str, Any]:
