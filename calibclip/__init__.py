@@ -1,6 +1,6 @@
 """Exact Dirichlet alignment losses, attacks and calibration metrics for CLIP under attack."""
 
-from calibclip import attention, metrics
+from calibclip import attention, losses, metrics
 from calibclip._prompts import clean_class_name
 from calibclip.attacks import PGD, AttackResult, pgd
 from calibclip.dirichlet import (
@@ -78,6 +78,7 @@ __all__ = [
     "fap_loss",
     "fare_loss",
     "log_concentration",
+    "losses",
     "metrics",
     "mutual_information",
     "pgd",

@@ -252,7 +252,17 @@ class Simplex(NamedTuple):
 
 
 def simplex(log_alpha: Tensor) -> Simplex:
-    """Check ``log_alpha``, shape ``(..., C)``, and return its mean without losing small shares."""
+    """Return the Dirichlet mean in the log domain, without losing small shares.
+
+    Args:
+        log_alpha: Shape ``(..., C)``, checked here; half precision becomes float32.
+
+    Returns:
+        ``log_alpha`` upcast, ``log_alpha0`` of shape ``(...,)``, ``surprise`` of shape ``(..., C)``.
+
+    Raises:
+        TypeError: ``log_alpha`` is not a floating-point tensor.
+    """
     check_floating("log_alpha", log_alpha, shape="(..., C)")
     log_alpha = log_alpha.to(torch.promote_types(log_alpha.dtype, torch.float32))
     top, where = log_alpha.max(-1, keepdim=True)
@@ -270,6 +280,15 @@ def digamma_excess(log_x: Tensor) -> Tensor:
 
     Elementary functions only: PyTorch's float64 trigamma, which the derivative of its digamma is,
     has an error of 1e-9.
+
+    Args:
+        log_x: :math:`\ln x`, any shape, float32 or float64.
+
+    Returns:
+        The same shape and dtype; value and derivative good to the dtype's last digits.
+
+    References:
+        Abramowitz and Stegun (1964), 6.3.5 (recurrence) and 6.3.18 (asymptotic series).
     """
     n = 4 if log_x.dtype == torch.float32 else 12
     if smallest(log_x) >= math.log(n):  # as CLIP's are, if it may be looked at

@@ -39,7 +39,7 @@ class AlignTerms(NamedTuple):
 
 
 def paper_log_weight(temperature: float) -> float:
-    r"""Return the logarithm of the paper's :math:`\lambda = 10^5 / (1 + e^{2/T})`."""
+    r"""Return the logarithm of the paper's :math:`\lambda = 10^5 / (1 + e^{2/T})`, with T > 0."""
     return math.log(1e5) - 2 / temperature - math.log1p(math.exp(-2 / temperature))
 
 
@@ -288,7 +288,16 @@ def _log_mean_strength(logits_ref: Tensor, logit_scale: float, temperature: floa
 
 
 def log_strength(logits: Tensor, logit_scale: float, temperature: float) -> Tensor:
-    r"""Return :math:`\ln\alpha_0` of each row, ``(B,)``, in the widest dtype the device has."""
+    r"""Return :math:`\ln\alpha_0` of each row of logits.
+
+    Args:
+        logits: Shape ``(B, C)``, ``logit_scale * cosine``.
+        logit_scale: s > 0.
+        temperature: T > 0.
+
+    Returns:
+        Shape ``(B,)``, in the widest dtype the device has.
+    """
     # 1/T is added at the end, in the wide dtype: in float32 it would blur all that is smaller.
     dtype = torch.promote_types(logits.dtype, torch.float32)
     scaled = logits.to(dtype) / (logit_scale * temperature)
