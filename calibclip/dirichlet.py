@@ -258,7 +258,7 @@ def simplex(log_alpha: Tensor) -> Simplex:
         log_alpha: Shape ``(..., C)``, checked here; half precision becomes float32.
 
     Returns:
-        ``log_alpha`` upcast, ``log_alpha0`` of shape ``(...,)``, ``surprise`` of shape ``(..., C)``.
+        ``log_alpha`` upcast, ``log_alpha0`` of shape ``(...,)``, ``surprise`` of ``(..., C)``.
 
     Raises:
         TypeError: ``log_alpha`` is not a floating-point tensor.
