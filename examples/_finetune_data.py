@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import to_tensor
 
 # The data sets of torchvision that list their class names, and what each calls its two splits.
 SPLITS: dict[str, dict[str, tuple[Any, Any]]] = {
@@ -78,8 +80,9 @@ class Labelled(Dataset):
     """Items ``(position, image tensor, class index)`` of a data set of PIL images."""
 
     images: Any
-    transform: Transform
     class_names: tuple[str, ...]
+    names_file: Path | None = None
+    transform: Transform = to_tensor
 
     def __len__(self) -> int:
         return len(self.images)
@@ -91,31 +94,50 @@ class Labelled(Dataset):
 
 def labelled(
     images: Any,
-    transform: Transform,
     *,
     names: Path | None,
     same_as: Labelled | None = None,
     limit: int | None,
     seed: int,
 ) -> Labelled:
-    """Give a data set its class names and transform, and take ``limit`` of its images at random."""
-    own = _class_names(images)
-    if names is not None:
-        class_names = read_class_names(names, own)
-    elif same_as is not None and own == _class_names(same_as.images):
-        class_names = same_as.class_names
+    """Give a data set its class names, and take ``limit`` of its images at random.
+
+    Without ``names`` those of the data set ``same_as`` hold, if they are of the same classes.
+    """
+    own = _own_names(images)
+    if names is None and same_as is not None:
+        class_names = _shared_names(own, same_as)
     else:
-        class_names = own
+        class_names = own if names is None else read_class_names(names, own)
+    if len(class_names) < 2:
+        raise SystemExit(f"expected at least two classes, got {', '.join(class_names) or 'none'}")
+    ids = [name for name in class_names if re.fullmatch(r"n\d{8}", name)]
+    if ids:
+        remedy = "pass --class-names or --val-class-names"
+        raise SystemExit(f"{ids[0]} is an id of WordNet, not a name for a prompt: {remedy}")
     if limit is not None:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         images = Subset(images, order[:limit].tolist())
-    return Labelled(images, transform, class_names)
+    return Labelled(images, class_names, names)
 
 
-def _class_names(images: Any) -> tuple[str, ...]:
+def _own_names(images: Any) -> tuple[str, ...]:
     images = images.dataset if isinstance(images, Subset) else images
-    # ImageNet and Imagenette list synonyms.
+    if isinstance(images, torchvision.datasets.ImageNet):
+        # The first synonyms make two classes "crane", and others ambiguous.
+        return tuple(open_clip.IMAGENET_CLASSNAMES)
+    # Imagenette lists synonyms.
     return tuple(name if isinstance(name, str) else name[0] for name in images.classes)
+
+
+def _shared_names(own: tuple[str, ...], other: Labelled) -> tuple[str, ...]:
+    if own == _own_names(other.images):
+        return other.class_names
+    if other.names_file is not None:
+        names = _read_names(other.names_file, own)
+        if isinstance(names, dict) and names.keys() >= set(own):
+            return tuple(names[folder] for folder in own)
+    return own
 
 
 def open_images(name: str, *, train: bool, root: Path, download: bool) -> Any:
@@ -142,17 +164,12 @@ def read_class_names(path: Path, folders: Sequence[str]) -> tuple[str, ...]:
     """Read names in the order of the labels, or by folder, from .json or from lines of text.
 
     Args:
-        path: JSON: a list of names, or an object from folder to name. Text: one name a line, or
-            the folder, a tab and the name, as in Tiny ImageNet's words.txt.
+        path: JSON: a list of names, or an object from folder to name. Text: one name a line; or
+            the folder, a tab or space, and synonyms, of which the first counts, as in Tiny
+            ImageNet's words.txt.
         folders: The names that the data has of its own.
     """
-    try:
-        text = path.read_text()
-        names = json.loads(text) if path.suffix == ".json" else text.splitlines()
-    except (OSError, json.JSONDecodeError) as error:
-        raise SystemExit(f"class names {path}: {error}") from None
-    if isinstance(names, list) and all("\t" in name for name in names):
-        names = dict(name.split("\t", 1) for name in names)
+    names = _read_names(path, folders)
     if isinstance(names, dict):
         missing = [folder for folder in folders if folder not in names]
         if missing:
@@ -164,6 +181,22 @@ def read_class_names(path: Path, folders: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _read_names(path: Path, folders: Sequence[str]) -> list[str] | dict[str, str]:
+    try:
+        text = path.read_text()
+        if path.suffix == ".json":
+            return json.loads(text)
+    except (OSError, json.JSONDecodeError) as error:
+        raise SystemExit(f"class names {path}: {error}") from None
+    lines = [line for line in text.splitlines() if line.strip()]
+    tabs = all("\t" in line for line in lines)
+    pairs = [line.split("\t" if tabs else None, 1) for line in lines]
+    # A space is in names as well: it ends a folder only if some folder is found so.
+    if tabs or (all(len(pair) == 2 for pair in pairs) and {pair[0] for pair in pairs} & {*folders}):
+        return {folder: synonyms.partition(",")[0] for folder, synonyms in pairs}
+    return lines
+
+
 def register_tiny_clip() -> str:
     """Add a tiny CLIP to open_clip's models, and return its name."""
     with tempfile.TemporaryDirectory() as folder:
@@ -173,16 +206,41 @@ def register_tiny_clip() -> str:
     return path.stem
 
 
+class EpochSampler(DistributedSampler):
+    """Positions with the epoch, which ``set_epoch`` chooses."""
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.epoch, index) for index in super().__iter__())
+
+
+@dataclass(frozen=True)
+class Seeded(Dataset):
+    """Items by epoch and position: augmented alike whichever process or worker does it."""
+
+    data: Labelled
+    seed: int
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor, int]:
+        epoch, index = key
+        (state,) = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(int(state))
+            return self.data[index]
+
+
 def training_loader(
     data: Labelled, batch_size: int, *, rank: int, world_size: int, seed: int, **options: Any
-) -> tuple[DataLoader, DistributedSampler]:
+) -> tuple[DataLoader, EpochSampler]:
     """Shuffled batches; those of all ranks together are the batches of one process.
 
     ``sampler.set_epoch`` chooses the order.
     """
-    sampler = DistributedSampler(data, world_size, rank, seed=seed, drop_last=True)
+    # The sampler adds the epoch: without the factor, seed 1 would begin with seed 0's second epoch.
+    sampler = EpochSampler(data, world_size, rank, seed=1_000_003 * seed, drop_last=True)
     local = batch_size // world_size
-    return DataLoader(data, local, sampler=sampler, drop_last=True, **options), sampler
+    return DataLoader(
+        Seeded(data, seed), local, sampler=sampler, drop_last=True, **options
+    ), sampler
 
 
 def evaluation_loader(

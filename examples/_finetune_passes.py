@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibclip import ZeroShotClassifier, attention, pgd
+from calibclip import ZeroShotClassifier, attention, fare_loss, pgd
 
 # What an encoder pass has to return for each kind of input.
 SOURCES = {"logits": "features", "features": "features", "attention": "grids"}
@@ -125,7 +125,8 @@ class References:
         encoder: As for the trained one.
         loss: Says what is required.
         keep: The number of images in the data, to keep what belongs to the clean ones in the
-            memory of the CPU; ``None`` if an image differs from epoch to epoch.
+            memory of the CPU; ``None`` keeps nothing, as where an image differs from epoch to
+            epoch.
         gather: Collects one object from each process, so that each keeps what all have computed.
     """
 
@@ -164,6 +165,21 @@ class References:
         encoded = self.encoder.encode(self.frozen, images_adv, target, self.adv_kinds)
         return self.encoder.inputs(self.frozen, encoded, "adv_ref", self.adv_kinds)
 
+    @torch.no_grad()
+    def memory(self, image: Tensor) -> int:
+        """Return the bytes that all kept references take, judged by one image."""
+        if self.known is None or not self.clean_kinds:
+            return 0
+        target = torch.zeros(1, dtype=torch.int64, device=image.device)
+        return len(self.known) * sum(
+            rows.nbytes for rows in self._rows(image[None], target).values()
+        )
+
+    def _rows(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Return what is kept of images."""
+        encoded = self.encoder.encode(self.frozen, images, target, self.clean_kinds)
+        return {name: encoded[name].cpu() for name in {SOURCES[kind] for kind in self.clean_kinds}}
+
     def _compute_missing(
         self, known: Tensor, index: Tensor, images: Tensor, target: Tensor
     ) -> None:
@@ -171,11 +187,7 @@ class References:
         computed = {}
         if missing.any():
             chosen = missing.to(images.device)
-            encoded = self.encoder.encode(
-                self.frozen, images[chosen], target[chosen], self.clean_kinds
-            )
-            needed = {SOURCES[kind] for kind in self.clean_kinds}
-            computed = {name: encoded[name].cpu() for name in needed}
+            computed = self._rows(images[chosen], target[chosen])
         # `known` is the same in all processes, so that all stop gathering in the same step.
         for their_index, their_rows in self.gather((index[missing], computed)):
             for name, rows in their_rows.items():
@@ -211,7 +223,7 @@ def craft(
             return pgd(classifier, images, target, **options)
 
         def distance(features: Tensor, _: Tensor) -> Tensor:
-            return (features - references["features_ref"]).square().sum(1)
+            return fare_loss(features, references["features_ref"], reduction="none")
 
         no_class = torch.zeros_like(target)
         return pgd(Embeddings(classifier), images, no_class, objective=distance, **options)

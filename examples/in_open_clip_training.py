@@ -11,7 +11,10 @@ outputs to the loss. That is the place of the frozen reference. Two lines change
 
 ``AttackedClip`` attacks the images in training mode, with the captions of the batch as the classes;
 in evaluation mode, in which the loop runs ``dist_model``, it does not. It also normalises: leave
-that out of the data. The text tower and the logit scale are locked, as usual under attack.
+that out of the data. The text tower and the logit scale are locked, as usual under attack. The
+script is for a single process, and without ``--accum-freq``, with which open_clip does not distil.
+There are ten captions, so that a batch repeats some, which the contrastive loss takes for different
+ones: real captions differ.
 
     python examples/in_open_clip_training.py                  half a minute on one core
     python examples/in_open_clip_training.py --model ViT-B-32-quickgelu --pretrained openai \
@@ -43,6 +46,19 @@ from calibclip import DirichletAlignLoss, ZeroShotClassifier, pgd
 DEFAULTS = f"--model tiny --device {DEVICE} --precision fp32 --batch-size 32 --lr 1e-3 --warmup 20"
 
 
+class Captioned(nn.Module):
+    """The captions of a batch as classes: a module, so that the attack leaves no trace on it."""
+
+    def __init__(
+        self, classifier: ZeroShotClassifier, text_features: Tensor, scale: Tensor
+    ) -> None:
+        super().__init__()
+        self.classifier, self.text_features, self.scale = classifier, text_features, scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.scale * self.classifier.features(images) @ self.text_features.T
+
+
 class AttackedClip(nn.Module):
     """What open_clip's loop calls as its model: pixels in [0, 1] and captions in, features out."""
 
@@ -59,13 +75,10 @@ class AttackedClip(nn.Module):
     def forward(self, images: Tensor, captions: Tensor) -> dict[str, Tensor]:
         text_features = self.module.encode_text(captions, normalize=True).float()
         scale = self.module.logit_scale.exp()
-
-        def logits(pixels: Tensor) -> Tensor:
-            return scale * self.classifier.features(pixels) @ text_features.T
-
         if self.training:
+            attacked = Captioned(self.classifier, text_features, scale)
             own = torch.arange(len(images), device=images.device)
-            images = pgd(logits, images, own, EPS, STEP_SIZE, STEPS, generator=self.generator)
+            images = pgd(attacked, images, own, EPS, STEP_SIZE, STEPS, generator=self.generator)
         return {
             "image_features": self.classifier.features(images),
             "text_features": text_features,

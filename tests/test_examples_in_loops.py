@@ -1,13 +1,18 @@
 """The four loops run and make a tiny model robust; what docs say of them is what they do."""
 
 import ast
+import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
+import torch
+
+from calibclip import ZeroShotClassifier
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("in_tecoa_loop", "in_open_clip_training", "in_fare_loop", "in_transformers_trainer")
@@ -89,6 +94,24 @@ def test_the_loop_makes_its_model_robust(script):
         assert numbers(f"before: {drift}", run.stdout)[0] == 0
         before, after = (numbers(f"{when}: {drift}", run.stdout)[1] for when in ("before", "after"))
         assert after < before / 2
+
+
+def test_open_clips_training_attacks_a_frozen_model_in_evaluation_mode(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    loop = importlib.import_module("in_open_clip_training")
+    vision = {"image_size": 16, "patch_size": 8, "width": 64, "layers": 1}
+    text = {"context_length": 16, "width": 64, "heads": 1, "layers": 1}
+    model = open_clip.CLIP(8, vision, text)
+    tokenizer = open_clip.SimpleTokenizer(context_length=16)
+    classifier = ZeroShotClassifier.from_open_clip(model, tokenizer, loop.NAMES)
+    seen = []
+    layer = model.visual.conv1
+    layer.register_forward_hook(
+        lambda *_: seen.append((model.training, layer.weight.requires_grad))
+    )
+    attacked = loop.AttackedClip(classifier).train()
+    attacked(torch.rand(2, 3, 16, 16), tokenizer(["one", "two"]))
+    assert seen == [(False, False)] * loop.STEPS + [(True, True)]
 
 
 def numbers(pattern, text):
