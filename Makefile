@@ -10,7 +10,7 @@ demo: $(DEMO)        ## fine-tune a small CLIP on real digits, twice, and compar
 	$(BIN)/python examples/finetune_digits.py
 
 test: $(DEV)         ## the whole test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: lint test     ## what a change must pass
 
