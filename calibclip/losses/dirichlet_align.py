@@ -39,7 +39,17 @@ class AlignTerms(NamedTuple):
 
 
 def paper_log_weight(temperature: float) -> float:
-    r"""Return the logarithm of the paper's :math:`\lambda = 10^5 / (1 + e^{2/T})`, with T > 0."""
+    r"""Return the logarithm of the paper's :math:`\lambda = 10^5 / (1 + e^{2/T})`.
+
+    Args:
+        temperature: T > 0.
+
+    Returns:
+        A number; :math:`\lambda` itself underflows below T of about 0.003.
+
+    References:
+        Lu et al. (2025), https://arxiv.org/abs/2512.12997: the weight of the training objective.
+    """
     return math.log(1e5) - 2 / temperature - math.log1p(math.exp(-2 / temperature))
 
 
