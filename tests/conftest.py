@@ -30,26 +30,16 @@ def finetune():
         return importlib.import_module("finetune")
 
 
-@pytest.fixture(scope="session")
-def data_module(finetune):
-    return importlib.import_module("_finetune_data")
+def part_of_finetune(name):
+    @pytest.fixture(scope="session")
+    def module(finetune):
+        return importlib.import_module(name)
+
+    return module
 
 
-@pytest.fixture(scope="session")
-def options_module(finetune):
-    return importlib.import_module("_finetune_options")
-
-
-@pytest.fixture(scope="session")
-def passes_module(finetune):
-    return importlib.import_module("_finetune_passes")
-
-
-@pytest.fixture(scope="session")
-def report_module(finetune):
-    return importlib.import_module("_finetune_report")
-
-
-@pytest.fixture(scope="session")
-def preparation_module(finetune):
-    return importlib.import_module("_finetune_setup")
+data_module = part_of_finetune("_finetune_data")
+options_module = part_of_finetune("_finetune_options")
+passes_module = part_of_finetune("_finetune_passes")
+report_module = part_of_finetune("_finetune_report")
+preparation_module = part_of_finetune("_finetune_setup")
