@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _report import machine, table
 from torch import Tensor
 from torch.distributions import Dirichlet, kl_divergence
 from torch.profiler import ProfilerActivity, profile
@@ -44,29 +44,6 @@ PROVIDERS: dict[str, KL] = {
     "closed form": calibclip.dirichlet_kl,
     "torch.distributions": published,
 }
-
-
-def table(header: list[str], rows: list[list[str]]) -> None:
-    """Print Markdown."""
-    print("| " + " | ".join(header) + " |")
-    print("|" + "---|" * len(header))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-    print()
-
-
-def machine() -> str:
-    """Name the processor, the threads and the versions."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
-    return (
-        f"{processor}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, calibclip {calibclip.__version__}"
-    )
 
 
 # Accuracy

@@ -69,7 +69,7 @@ METHODS = {
         warmup=1400,
         eps=2 / 255,
         attack_steps=10,
-        note="published for ViT-L/14, and with momentum 0.9 in the attack, which has none here",
+        note="published for ViT-L/14; the momentum of its attack changes no L-infinity step",
     ),
     "tga": Method(TGALoss, batch_size=128),
     "comp-tga": Method(CompTGALoss, batch_size=128),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibclip import ZeroShotClassifier, attention, fare_loss, pgd
+from calibclip import ZeroShotClassifier, attention, pgd
 
 # What an encoder pass has to return for each kind of input.
 SOURCES = {"logits": "features", "features": "features", "attention": "grids"}
@@ -221,9 +221,5 @@ def craft(
     with encoder.autocast(images):
         if "features_ref" not in references:
             return pgd(classifier, images, target, **options)
-
-        def distance(features: Tensor, _: Tensor) -> Tensor:
-            return fare_loss(features, references["features_ref"], reduction="none")
-
-        no_class = torch.zeros_like(target)
-        return pgd(Embeddings(classifier), images, no_class, objective=distance, **options)
+        options |= {"objective": "embedding-l2", "reference": references["features_ref"]}
+        return pgd(Embeddings(classifier), images, None, **options)

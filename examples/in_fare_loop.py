@@ -4,11 +4,11 @@ The attack drives the embedding away from that of the frozen encoder on the clea
 training brings it back. Two lines of such a loop change::
 
     - images_adv = attack_embedding(encoder, images, features_ref)
-    + images_adv = attack(encoder, images, no_labels, objective=away_from(features_ref))
+    + images_adv = attack(encoder, images, reference=features_ref)
     - loss = (encoder(images_adv) - features_ref).square().sum(1).mean()
     + loss = fare(encoder(images_adv), features_ref)
 
-``attack`` is ``partial(pgd, eps=..., generator=...)``, and ``away_from`` a squared distance.
+``attack`` is ``partial(pgd, target=None, objective="embedding-l2", eps=..., generator=...)``.
 ``encoder`` can be any callable, such as ``classifier.embed`` of a ``ZeroShotClassifier``. It takes
 pixels in [0, 1], so the normalisation belongs in it. ``SimCLIPLoss`` in the last line is Sim-CLIP.
 
@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
-from collections.abc import Callable
 from functools import partial
 
 import _digits
 import open_clip
 import torch
 from _digits import DEVICE, EPS, STEP_SIZE, STEPS, Digits
-from torch import Tensor, nn
+from torch import nn
 from torchvision.transforms import Normalize
 
 from calibclip import FARELoss, pgd
@@ -47,18 +46,14 @@ def load_encoder(arguments: Namespace) -> tuple[nn.Module, tuple[int, int]]:
     return nn.Sequential(normalize, model.get_submodule("visual")).eval(), config["size"]
 
 
-def away_from(features_ref: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return what the attack maximises: a squared distance, whatever the label."""
-    return lambda features, _: (features - features_ref).square().sum(1)
-
-
 @torch.no_grad()
 def print_drift(when: str, encoder: nn.Module, reference: nn.Module, digits: Digits) -> None:
     """Print how far the embeddings move, and how many stay with the mean of their class."""
     images, labels, features_ref = digits.test_images, digits.test_labels, reference(digits.images)
     means = torch.stack([features_ref[digits.labels == digit].mean(0) for digit in range(10)])
     features_ref = reference(images)
-    attacked = pgd(encoder, images, labels, EPS, None, 10, objective=away_from(features_ref))
+    drift_attack = partial(pgd, objective="embedding-l2", reference=features_ref)
+    attacked = drift_attack(encoder, images, None, EPS, None, 10)
     drifts, accuracies = [], []
     for features in encoder(images), encoder(attacked):
         drift = (features - features_ref).square().sum(1) / features_ref.square().sum(1)
@@ -83,13 +78,20 @@ def main() -> None:
     passes = _digits.Passes(image=encoder, reference=reference)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-5 if arguments.model else 1e-3)
     generator = torch.Generator().manual_seed(0)
-    attack = partial(pgd, eps=EPS, step_size=STEP_SIZE, steps=STEPS, generator=generator)
+    attack = partial(
+        pgd,
+        target=None,
+        objective="embedding-l2",
+        eps=EPS,
+        step_size=STEP_SIZE,
+        steps=STEPS,
+        generator=generator,
+    )
     losses = []
-    for images, labels in _digits.batches(digits, epochs=2 if arguments.quick else 8):
-        no_labels = torch.zeros_like(labels)
+    for images, _ in _digits.batches(digits, epochs=2 if arguments.quick else 8):
         features_ref = reference(images)
         # was: images_adv = attack_embedding(encoder, images, features_ref)
-        images_adv = attack(encoder, images, no_labels, objective=away_from(features_ref))
+        images_adv = attack(encoder, images, reference=features_ref)
         # was: loss = (encoder(images_adv) - features_ref).square().sum(1).mean()
         loss = fare(encoder(images_adv), features_ref)
         optimizer.zero_grad()

@@ -15,6 +15,9 @@ from torch import nn
 from calibclip.attacks import PGD, AttackResult, pgd
 from calibclip.attacks.objectives import resolve_objective
 
+# Random targets and broken models are warned about; test_attacks_result.py looks at the warnings.
+pytestmark = pytest.mark.filterwarnings("ignore::calibclip.attacks.result.AttackWarning")
+
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 quicker = settings(quick, max_examples=12)  # for properties that run several attacks
 SHAPE = (2, 3, 3)
@@ -133,7 +136,7 @@ def plain_selection(losses, fooled, attack):
 
 attacks = st.builds(
     PGD,
-    eps=st.sampled_from([0.0, 1e-6, 0.05, 0.2, 1.5]),
+    eps=st.sampled_from([0.0, 1e-6, 0.05, 0.2, 1.0]),
     steps=st.integers(0, 4),
     step_size=st.sampled_from([None, 0.03, 0.5]),
     norm=st.sampled_from(["linf", "l2"]),
@@ -171,7 +174,7 @@ def test_returned_image_follows_the_rule(attack, batch, seed):
 
     logits = torch.stack([model(points) for points in visited])
     sign = -1 if attack.targeted else 1
-    objective = resolve_objective(attack.objective)
+    objective = resolve_objective(attack.objective).loss
     losses = sign * torch.stack([objective(z, target) for z in logits]).view(
         attack.restarts, attack.steps + 1, batch
     )
@@ -227,7 +230,7 @@ def test_defaults_are_the_public_contract():
     expected = (
         "PGD(eps=0.5, steps=10, step_size=None, norm='linf', objective='ce', random_start=True, "
         "restarts=1, bounds=(0.0, 1.0), select='worst', stop_when_fooled=False, targeted=False, "
-        "seed=0)"
+        "seed=0, schedule='constant', momentum=0.0, n_rivals=9, precision=None, compile=False)"
     )
     assert repr(PGD(0.5)) == expected
     model, images, target = RowWise(), some_images(), some_target()
@@ -384,7 +387,7 @@ def test_stopping_early_saves_passes():
     images = some_images()
     model = RowWise()
     target = own_class(model, images)
-    result = PGD(1.5, 50, 0.05, stop_when_fooled=True, restarts=3)(model, images, target)
+    result = PGD(1.0, 50, 0.05, stop_when_fooled=True, restarts=3)(model, images, target)
     needed = int(result.steps_to_success.max())
     assert result.success.all()
     assert needed < 50
@@ -684,7 +687,7 @@ def test_result_repr():
         ({"steps": 2.0}, TypeError, "steps: expected an integer >= 0, got float 2.0"),
         ({"step_size": 0}, ValueError, "step_size: expected a number > 0, got 0"),
         ({"norm": "l1"}, ValueError, "norm: expected one of 'linf', 'l2', got 'l1'"),
-        ({"objective": "dlr?"}, ValueError, "objective: expected one of 'ce', 'margin', got"),
+        ({"objective": "dlr?"}, ValueError, "objective: expected one of 'ce', 'margin', .*got"),
         ({"restarts": 0}, ValueError, "restarts: expected an integer >= 1, got 0"),
         ({"bounds": 1.0}, TypeError, r"bounds: expected a tuple \(low, high\), got float 1.0"),
         ({"bounds": (1, 0)}, ValueError, r"bounds: expected \(low, high\) with low < high, got"),

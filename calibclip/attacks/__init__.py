@@ -4,8 +4,20 @@ An attack leaves no trace: parameters, their ``.grad``, buffers, train or eval m
 random state are the same before and after.
 """
 
+from calibclip.attacks import objectives as objectives
+from calibclip.attacks.apgd import APGD as APGD
 from calibclip.attacks.pgd import PGD as PGD
-from calibclip.attacks.pgd import AttackResult as AttackResult
 from calibclip.attacks.pgd import pgd as pgd
+from calibclip.attacks.result import AttackResult as AttackResult
+from calibclip.attacks.result import AttackWarning as AttackWarning
+from calibclip.attacks.result import Diagnostics as Diagnostics
 
-__all__ = ["PGD", "AttackResult", "pgd"]
+__all__ = [
+    "APGD",
+    "PGD",
+    "AttackResult",
+    "AttackWarning",
+    "Diagnostics",
+    "objectives",
+    "pgd",
+]

@@ -2,87 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from calibclip._checks import (
-    check_choice,
-    check_count,
-    check_flag,
-    check_number,
-    check_target,
-    describe,
-    wrong,
-)
-from calibclip.attacks._search import (
-    AttackedModel,
-    Iterate,
-    check_images,
-    draw_seed,
-    merge,
-    undisturbed,
-)
-from calibclip.attacks.objectives import Objective, at_least_float32, resolve_objective
-from calibclip.attacks.threat import NORMS, FeasibleSet, per_sample, sample_keys, stream_seed
+from calibclip._checks import check_choice, check_number
+from calibclip.attacks._attack import Call, GradientAttack
+from calibclip.attacks._model import Iterate, undisturbed
+from calibclip.attacks._rows import Rule
+from calibclip.attacks.objectives import Objective
+from calibclip.attacks.threat import FeasibleSet, from_host, per_sample, sample_keys, stream_seed
 
-SELECTIONS = ("worst", "last", "first_success")
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class AttackResult:
-    """What an attack found, one entry per sample.
-
-    Attributes:
-        images: Adversarial images: shape, dtype and device of the clean ones. No graph attached.
-        success: Whether the returned image is misclassified (targeted: classified as the target),
-            shape ``(B,)``, bool. An image whose loss is NaN is no success.
-        loss: Objective at the returned image, shape ``(B,)``, float32 or float64; larger is
-            better for the attack, in targeted mode too.
-        steps_to_success: Steps until the first successful iterate, shape ``(B,)``, int64: 0 if
-            the start was one, -1 if there was none. With restarts: of the first that succeeded.
-        n_forward: Forward passes run on the batch.
-        n_backward: Backward passes run on the batch.
-    """
-
-    images: Tensor
-    success: Tensor
-    loss: Tensor
-    steps_to_success: Tensor
-    n_forward: int
-    n_backward: int
-
-    def __repr__(self) -> str:
-        batch = len(self.success)
-        fooled = 100 * int(self.success.sum()) / max(batch, 1)
-        return (
-            f"AttackResult({batch} images, {fooled:.1f} % fooled, "
-            f"{self.n_forward} forward, {self.n_backward} backward)"
-        )
-
-
-def _nothing_to_attack(images: Tensor) -> AttackResult:
-    """Return the result for an empty batch, which no model needs to see."""
-    loss = at_least_float32(images.new_empty(0))
-    return AttackResult(
-        images=images,
-        success=loss > 0,
-        loss=loss,
-        steps_to_success=loss.long(),
-        n_forward=0,
-        n_backward=0,
-    )
+# Share of the step size at step k of n.
+SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    "constant": lambda k, n: 1.0,
+    "linear": lambda k, n: 1.0 - k / n,
+    "cosine": lambda k, n: (1.0 + math.cos(math.pi * k / n)) / 2,
+}
 
 
 @dataclass(frozen=True)
-class PGD:
+class PGD(GradientAttack):
     r"""Projected gradient descent, the standard white-box attack.
 
     From a start in the ball around the clean image ``x``, repeat ``steps`` times
 
-    .. math:: x_{k+1} = P(x_k + s \, d(\nabla_{x_k} f(z(x_k), y)))
+    .. math:: x_{k+1} = P(x_k + s_k \, d(g_k)), \quad g_k = \nabla_{x_k} f(z(x_k), y)
 
     with ``f`` the objective to maximise, ``z`` the model, ``d`` the steepest direction in the
     norm (``sign(g)`` or ``g / ||g||_2``) and ``P`` the projection on ball and box. It runs
@@ -100,6 +50,11 @@ class PGD:
     if it is the sole misclassified iterate, ``steps`` is 0, or no later iterate has a loss that is
     a number. A success found by any restart is kept.
 
+    **Robust accuracy, fast:** ``stop_when_fooled`` ends a sample at its first success. What is
+    left of the batch closes ranks, and with a ``batch_size`` waiting images take the free places.
+    A sample that has come to alternate between two points ends too, as nothing new can come.
+    Success and images are what the full run would have had up to there.
+
     **Randomness.** The start of a sample depends on ``seed``, its own pixels, the restart and the
     kind of device only: not on the rest of the batch nor on the global random state. The same image
     therefore gets the same start in every call. For training pass a ``generator``: each call then
@@ -111,19 +66,30 @@ class PGD:
     inside it would update its statistics.
 
     Args:
-        eps: Radius of the ball, >= 0, in the units of the images.
+        eps: Radius of the ball, >= 0, in the units of the images; the call can override it with
+            one radius per image.
         steps: Gradient steps, >= 0. With 0 the projected start is evaluated.
         step_size: Length of a step, > 0; None means ``eps / 4``.
         norm: ``"linf"`` or ``"l2"``.
-        objective: ``"ce"``, ``"margin"``, or any callable ``(logits, target) -> (B,)``.
+        objective: A name in ``calibclip.attacks.objectives.OBJECTIVES``, an ``Objective``, or any
+            callable ``(logits, target) -> (B,)``.
         random_start: Start at a uniform draw from the ball instead of the clean image.
         restarts: Independent runs, >= 1; the best image per sample is kept.
         bounds: Lowest and highest pixel value, rounded to the dtype of the images.
         select: ``"worst"``, ``"last"`` or ``"first_success"``, see above.
-        stop_when_fooled: Freeze a sample at its first success, and end when all have one. For
-            evaluation: it costs one wait for the device per step.
+        stop_when_fooled: End a sample at its first success. For evaluation.
         targeted: Move towards ``target`` instead of away from it: minimise the objective.
         seed: Seed of the starts, >= 0, unless a generator is passed.
+        schedule: ``"constant"``, or step sizes that fall to 0 by ``"linear"`` or ``"cosine"``.
+        momentum: ``mu`` >= 0 in :math:`m_k = \mu m_{k-1} + g_k / \|g_k\|_1`; steps follow ``m``.
+            0 is plain PGD. (FARE's published momentum adds to the sign of a sum what is smaller
+            than the sum: for "linf" it is plain PGD.)
+        n_rivals: With ``objective="dlr-targeted"``: attempts per restart, each at another of the
+            classes ranked next on the clean image.
+        precision: ``"bfloat16"`` or ``"float16"`` runs the model under autocast; the iterates
+            stay as they are, and every success is confirmed without autocast, or the sample is
+            attacked again. None: no autocast of its own.
+        compile: Run ``torch.compile(model)``. Batches then shrink by halves only.
 
     Raises:
         TypeError: An option has the wrong type.
@@ -140,14 +106,15 @@ class PGD:
 
     References:
         Madry et al. (2018), Towards deep learning models resistant to adversarial attacks,
-        section 2.1, https://arxiv.org/abs/1706.06083
+        section 2.1, https://arxiv.org/abs/1706.06083; momentum: Dong et al. (2018), Boosting
+        adversarial attacks with momentum, equation 6, https://arxiv.org/abs/1710.06081
     """
 
     eps: float
     steps: int = 10
     step_size: float | None = None
     norm: str = "linf"
-    objective: str | Objective = "ce"
+    objective: str | Objective | Callable[..., Tensor] = "ce"
     random_start: bool = True
     restarts: int = 1
     bounds: tuple[float, float] = (0.0, 1.0)
@@ -155,148 +122,109 @@ class PGD:
     stop_when_fooled: bool = False
     targeted: bool = False
     seed: int = 0
+    _: KW_ONLY
+    schedule: str = "constant"
+    momentum: float = 0.0
+    n_rivals: int = 9
+    precision: str | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        # NumPy scalars become Python's: they would take over the arithmetic with tensors.
-        object.__setattr__(self, "eps", check_number("eps", self.eps, at_least=0))
-        object.__setattr__(self, "steps", check_count("steps", self.steps, at_least=0))
+        self._check_options()
         if self.step_size is not None:
             step_size = check_number("step_size", self.step_size, above=0)
             object.__setattr__(self, "step_size", step_size)
-        check_choice("norm", self.norm, NORMS)
-        resolve_objective(self.objective)
-        object.__setattr__(self, "restarts", check_count("restarts", self.restarts, at_least=1))
-        if not isinstance(self.bounds, tuple) or len(self.bounds) != 2:
-            raise TypeError(wrong("bounds", "a tuple (low, high)", describe(self.bounds)))
-        low, high = (check_number("bounds", bound) for bound in self.bounds)
-        if not low < high:
-            raise ValueError(wrong("bounds", "(low, high) with low < high", (low, high)))
-        object.__setattr__(self, "bounds", (low, high))
-        check_choice("select", self.select, SELECTIONS)
-        for flag in ("random_start", "stop_when_fooled", "targeted"):
-            check_flag(flag, getattr(self, flag))
-        object.__setattr__(self, "seed", check_count("seed", self.seed, at_least=0))
+        check_choice("schedule", self.schedule, SCHEDULES)
+        object.__setattr__(self, "momentum", check_number("momentum", self.momentum, at_least=0))
 
-    def __call__(
+    def _rule(self) -> Rule:
+        return _Steepest(self)
+
+    def _last_iterate(self, call: Call) -> Tensor:
+        """Run once from one start, track nothing, and do not judge where it ends."""
+        batch, feasible, rule = len(call.images), call.feasible, self._rule()
+        if batch == 0:
+            return call.images
+        attacked = self._attacked(call)
+        call = self._with_reference(attacked, call, batch)
+        points = call.images if call.start is None else call.start
+        if self.random_start and call.start is None:
+            keys = sample_keys(call.images)
+            points = feasible.random_points([stream_seed(call.seed, key, 0) for key in keys])
+        memory = rule.begin(feasible, points)
+        for age in range(self.steps):
+            iterate = attacked.judge(points, call.labels)
+            ages = np.array([age])
+            points, memory = rule.advance(memory, feasible, iterate, attacked.gradient(), ages)
+        return points
+
+
+class _Memory(NamedTuple):
+    momentum: Tensor | None
+    step_size: Tensor | None  # (rows,), where it differs between samples
+
+
+class _Steepest:
+    """The update rule of `PGD`."""
+
+    def __init__(self, attack: PGD) -> None:
+        self.attack = attack
+        self.repeats = attack.momentum == 0 and attack.schedule == "constant"
+
+    def begin(self, feasible: FeasibleSet, points: Tensor) -> _Memory:
+        momentum = torch.zeros_like(points) if self.attack.momentum else None
+        step_size = None
+        if self.attack.step_size is None:
+            step_size = feasible.radius.flatten() / 4
+        return _Memory(momentum, step_size)
+
+    def advance(
         self,
-        model: Callable[[Tensor], Tensor],
-        images: Tensor,
-        target: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> AttackResult:
-        """Attack a batch.
-
-        Args:
-            model: Callable from images to logits ``(B, K)``.
-            images: Clean images, shape ``(B, ...)``, floating, inside ``bounds``. Not modified.
-            target: Shape ``(B,)``, int64: true classes, or with ``targeted`` the wanted ones.
-            generator: Source of this call's seed; it advances, so that calls differ.
-
-        Returns:
-            The chosen images with their success and loss, and the number of passes.
-
-        Raises:
-            TypeError: An argument, or what the model returned, has the wrong type.
-            ValueError: Images outside ``bounds``, classes out of range, a wrong shape, or logits
-                that do not depend on the images.
-        """
-        with undisturbed(model):
-            attacked, feasible, starts = self._begin(model, images, target, generator)
-            clean = feasible.images
-            if len(clean) == 0:
-                return _nothing_to_attack(clean)
-            never = torch.full((len(clean),), -1, device=clean.device)
-            best, steps_to_success = self._climb(attacked, feasible, next(starts), None, never)
-            for points in starts:
-                if self.stop_when_fooled:
-                    if bool(best.fooled.all()):
-                        break
-                    points = torch.where(per_sample(best.fooled, points), best.images, points)
-                best, steps_to_success = self._climb(
-                    attacked, feasible, points, best, steps_to_success
-                )
-            return AttackResult(
-                images=best.images,
-                success=best.fooled,
-                loss=best.loss,
-                steps_to_success=steps_to_success,
-                n_forward=attacked.n_forward,
-                n_backward=attacked.n_backward,
-            )
-
-    def _climb(
-        self,
-        attacked: AttackedModel,
+        memory: _Memory,
         feasible: FeasibleSet,
-        points: Tensor,
-        best: Iterate | None,
-        steps_to_success: Tensor,
-    ) -> tuple[Iterate, Tensor]:
-        """Run once from the given points; return the best iterate so far and the first success."""
-        step = 0
-        while True:
-            last = step == self.steps
-            with torch.set_grad_enabled(not last):
-                iterate = attacked.judge(points, clean=step == 0 and not self.random_start)
-            first = iterate.fooled & (steps_to_success < 0)
-            steps_to_success = steps_to_success.masked_fill(first, step)
-            if last or (self.stop_when_fooled and bool(iterate.fooled.all())):
-                return merge(iterate.detach(), best, self.select), steps_to_success
-            if self.select != "last":
-                best = merge(iterate.detach(), best, self.select)
-            points = self._advance(attacked, feasible, iterate)
-            step += 1
+        iterate: Iterate,
+        gradient: Tensor,
+        ages: np.ndarray,
+    ) -> tuple[Tensor, _Memory]:
+        attack = self.attack
+        step_size = attack.step_size if memory.step_size is None else memory.step_size
+        step_size = 0.0 if step_size is None else step_size
+        if attack.schedule != "constant":
+            step_size = step_size * self._shares(ages, gradient)
+        if memory.momentum is not None:
+            gradient = _unit_sum(gradient) + attack.momentum * memory.momentum
+            memory = memory._replace(momentum=gradient)
+        return feasible.ascend(iterate.images, gradient, step_size), memory
 
-    def _begin(
-        self,
-        model: Callable[[Tensor], Tensor],
-        images: Tensor,
-        target: Tensor,
-        generator: torch.Generator | None,
-    ) -> tuple[AttackedModel, FeasibleSet, Iterator[Tensor]]:
-        """Check the arguments; return the model, the feasible set and the starts to come."""
-        if not callable(model):
-            raise TypeError(wrong("model", "a callable from images to logits", describe(model)))
-        clean = check_images(images, self.bounds)
-        # How many classes there are the model will tell; the rest can be checked now.
-        check_target(target, len(clean), None, clean.device)
-        seed = draw_seed(generator, self.seed)
-        attacked = AttackedModel(model, target, resolve_objective(self.objective), self.targeted)
-        feasible = FeasibleSet(clean, self.eps, self.norm, self.bounds)
-        return attacked, feasible, self._starts(feasible, seed)
+    def _shares(self, ages: np.ndarray, like: Tensor) -> float | Tensor:
+        """Share of the step size for each row; one number where all rows are equally old."""
+        steps, share = self.attack.steps, SCHEDULES[self.attack.schedule]
+        if (ages == ages[0]).all():
+            return share(int(ages[0]), steps)
+        shares = np.array([share(age, steps) for age in np.minimum(ages, steps).tolist()])
+        return from_host(shares, like)
 
-    def _starts(self, feasible: FeasibleSet, seed: int) -> Iterator[Tensor]:
-        """Yield the starting points of one restart after the other."""
-        if not self.random_start:
-            yield from [feasible.images] * self.restarts
-            return
-        keys = sample_keys(feasible.images)
-        for restart in range(self.restarts):
-            yield feasible.random_points([stream_seed(seed, key, restart) for key in keys])
 
-    def _advance(self, attacked: AttackedModel, feasible: FeasibleSet, iterate: Iterate) -> Tensor:
-        """Return the next points."""
-        step_size = self.eps / 4 if self.step_size is None else self.step_size
-        gradient = attacked.gradient(iterate)
-        points = iterate.images.detach()
-        moved = feasible.ascend(points, gradient, step_size)
-        if self.stop_when_fooled:
-            return torch.where(per_sample(iterate.fooled, points), points, moved)
-        return moved
+def _unit_sum(gradient: Tensor) -> Tensor:
+    """Scale each gradient to an L1 norm of 1; what is not finite counts as zero."""
+    gradient = gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    largest = per_sample(gradient.flatten(1).abs().amax(1), gradient)
+    gradient = gradient / largest.masked_fill(largest == 0, 1.0)
+    total = per_sample(gradient.flatten(1).abs().sum(1), gradient)
+    return gradient / total.masked_fill(total == 0, 1.0)
 
 
 def pgd(
     model: Callable[[Tensor], Tensor],
     images: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     eps: float = 1 / 255,
     step_size: float | None = 1 / 255,
     steps: int = 2,
     norm: str = "linf",
     generator: torch.Generator | None = None,
     *,
-    objective: str | Objective = "ce",
+    objective: str | Objective | Callable[..., Tensor] = "ce",
     random_start: bool = True,
     restarts: int = 1,
     bounds: tuple[float, float] = (0.0, 1.0),
@@ -304,6 +232,14 @@ def pgd(
     stop_when_fooled: bool = False,
     targeted: bool = False,
     seed: int = 0,
+    schedule: str = "constant",
+    momentum: float = 0.0,
+    n_rivals: int = 9,
+    precision: str | None = None,
+    compile: bool = False,
+    reference: Tensor | None = None,
+    mask: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Return adversarial images; `PGD` as a function, with the defaults of adversarial training.
 
@@ -317,7 +253,8 @@ def pgd(
     Args:
         model: Callable from images to logits ``(B, K)``, see `PGD`.
         images: Clean images, shape ``(B, ...)``, floating, inside ``bounds``. Not modified.
-        target: Shape ``(B,)``, int64: true classes, or with ``targeted`` the wanted ones.
+        target: Shape ``(B,)``, int64: true classes, or with ``targeted`` the wanted ones. What
+            other objectives take, see `PGD.__call__`.
         eps: Radius of the ball, in the units of the images.
         step_size: Length of a step; None means ``eps / 4``.
         steps: Gradient steps.
@@ -328,9 +265,17 @@ def pgd(
         restarts: Independent runs; the best image per sample is kept.
         bounds: Lowest and highest pixel value.
         select: Which image is returned.
-        stop_when_fooled: Freeze a sample at its first success.
+        stop_when_fooled: End a sample at its first success.
         targeted: Move towards ``target``.
         seed: Seed of the starts unless a generator is passed.
+        schedule: Of the step size.
+        momentum: Of the gradients.
+        n_rivals: Classes that "dlr-targeted" aims at.
+        precision: Of the model's passes.
+        compile: Run ``torch.compile(model)``.
+        reference: See `PGD.__call__`, like the two below.
+        mask: Where an image may change.
+        start: Where to begin.
 
     Returns:
         Images like the clean ones in shape, dtype and device, without a graph.
@@ -360,14 +305,14 @@ def pgd(
         stop_when_fooled=stop_when_fooled,
         targeted=targeted,
         seed=seed,
+        schedule=schedule,
+        momentum=momentum,
+        n_rivals=n_rivals,
+        precision=precision,
+        compile=compile,
     )
-    if select != "last" or restarts > 1:
-        return attack(model, images, target, generator=generator).images
+    call_options = {"reference": reference, "mask": mask, "start": start, "generator": generator}
+    if select != "last" or restarts > 1 or stop_when_fooled or objective == "dlr-targeted":
+        return attack(model, images, target, **call_options).images
     with undisturbed(model):
-        attacked, feasible, starts = attack._begin(model, images, target, generator)
-        if len(feasible.images) == 0:
-            return feasible.images
-        points = next(starts)
-        for _ in range(steps):
-            points = attack._advance(attacked, feasible, attacked.judge(points))
-        return points
+        return attack._last_iterate(attack._check_call(model, images, target, **call_options))

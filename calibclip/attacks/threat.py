@@ -7,8 +7,10 @@ moves a point towards the clean image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,17 +80,19 @@ def steepest_direction(gradient: Tensor, norm: str) -> Tensor:
 class FeasibleSet:
     r"""All points within ``eps`` of each clean image that stay inside the box.
 
-    ``{ p : ||p - x|| <= eps, low <= p <= high }``, on the floating-point grid of the images: a
-    bfloat16 image has about 256 values per unit, so small steps from one are lost to the grid.
-    For "linf" the set is itself a box, and the projection one clamp. For "l2" a point is scaled
-    back to the ball and then clamped to the box. That is feasible, because the clamp moves every
-    entry towards the clean image, but not always the nearest feasible point.
+    ``{ p : ||p - x|| <= eps, low <= p <= high, p = x where the mask is False }``, on the
+    floating-point grid of the images: a bfloat16 image has about 256 values per unit, so small
+    steps from one are lost to the grid. For "linf" the set is itself a box, computed once, and the
+    projection one clamp. For "l2" a point is scaled back to the ball and then clamped to the box.
+    That is feasible, because the clamp moves every entry towards the clean image, but not always
+    the nearest feasible point.
 
     Args:
-        images: Clean images ``x``, shape ``(B, ...)`` with ``B >= 1``, inside the box.
-        eps: Radius, in the units of the images.
+        images: Clean images ``x``, shape ``(B, ...)``, inside the box.
+        eps: Radius, in the units of the images: one for all, or shape ``(B,)``.
         norm: ``"linf"`` or ``"l2"``.
         bounds: The box ``(low, high)``, rounded to the images' dtype.
+        mask: Where the images may change, bool, in the shape of the images; None is everywhere.
 
     Example:
         >>> feasible = FeasibleSet(torch.zeros(1, 2), eps=1.0, norm="l2", bounds=(0.0, 1.0))
@@ -96,31 +100,71 @@ class FeasibleSet:
         tensor([[0.6000, 0.8000]])
     """
 
-    def __init__(self, images: Tensor, eps: float, norm: str, bounds: tuple[float, float]) -> None:
-        self.images, self.eps, self.norm, self.bounds = images, eps, norm, bounds
+    def __init__(
+        self,
+        images: Tensor,
+        eps: float | Tensor,
+        norm: str,
+        bounds: tuple[float, float],
+        mask: Tensor | None = None,
+    ) -> None:
+        self.images, self.norm, self.bounds, self.mask = images, norm, bounds, mask
+        radius = torch.as_tensor(eps, dtype=torch.float64, device=images.device)
+        self.radius = per_sample(radius.expand(len(images)), images)
+        self.lower = self.upper = None
         if norm == "linf":
-            self.lower = add_inward(images, -eps).clamp(min=bounds[0])
-            self.upper = add_inward(images, eps).clamp(max=bounds[1])
+            self.lower = self._unmasked(add_inward(images, -self.radius).clamp(min=bounds[0]))
+            self.upper = self._unmasked(add_inward(images, self.radius).clamp(max=bounds[1]))
+
+    def with_rows(self, function: Callable[..., Tensor], *others: FeasibleSet) -> FeasibleSet:
+        """Return the set whose tensors are ``function`` of this set's and the others' tensors.
+
+        For functions that pick or join rows, such as ``torch.cat``.
+        """
+        result = copy(self)
+        for name in ("images", "radius", "mask", "lower", "upper"):
+            if getattr(self, name) is not None:
+                tensors = (getattr(feasible, name) for feasible in (self, *others))
+                setattr(result, name, function(*tensors))
+        return result
 
     def project(self, points: Tensor) -> Tensor:
         """Return the points brought back into the set, in the dtype of the images."""
-        if self.norm == "linf":
+        if self.lower is not None:
             return points.to(self.images.dtype).clamp(self.lower, self.upper)
         offset = points.double() - self.images.double()
+        if self.mask is not None:
+            offset = offset.masked_fill(~self.mask, 0.0)
         length = _length(offset)
-        offset = offset * (self.eps / length).masked_fill(length <= self.eps, 1.0)
-        return add_inward(self.images, offset).clamp(*self.bounds)
+        offset = offset * (self.radius / length).masked_fill(length <= self.radius, 1.0)
+        return self._unmasked(add_inward(self.images, offset).clamp(*self.bounds))
 
-    def ascend(self, points: Tensor, gradient: Tensor, step_size: float) -> Tensor:
-        """Take one projected step of length ``step_size``, steepest in the norm of the set."""
-        return self.project(points + step_size * steepest_direction(gradient, self.norm))
+    def ascend(self, points: Tensor, direction: Tensor, step_size: float | Tensor) -> Tensor:
+        """Take one projected step, the steepest in the norm of the set.
 
-    def random_points(self, seeds: Sequence[int]) -> Tensor:
-        """Draw one point per image: uniform in the ball, then projected.
+        Args:
+            points: Shape of the images.
+            direction: Gradient, or what takes its place; its scale is of no effect.
+            step_size: Length of the step: a number, or shape ``(B,)``.
+        """
+        if self.mask is not None:
+            direction = direction.masked_fill(~self.mask, 0.0)
+        direction = steepest_direction(direction, self.norm)
+        if isinstance(step_size, Tensor):
+            # Half-precision steps would lose digits; a float64 image keeps those of its step.
+            dtype = torch.promote_types(direction.dtype, torch.float32)
+            step_size = per_sample(step_size.to(dtype), points)
+        return self.project(points + step_size * direction)
+
+    def random_points(self, seeds: Sequence[int], *, surface: bool = False) -> Tensor:
+        """Draw one point per image, then project it.
 
         Args:
             seeds: One seed per image. The draw for an image depends on nothing but its seed, and
                 not on the global random state.
+            surface: Draw on the surface of the ball instead of uniformly from the ball: for "linf"
+                a uniform draw stretched until its largest entry is ``eps``, for "l2" a uniform
+                direction.
 
         Returns:
             Feasible points, like the images.
@@ -128,7 +172,7 @@ class FeasibleSet:
         shape, device = self.images.shape, self.images.device
         noise = torch.empty(shape, dtype=torch.float32, device=device)
         # An l2 ball is filled evenly by a random direction times eps * u^(1/d).
-        radius = torch.ones(shape[0], dtype=torch.float64, device=device)
+        share = torch.ones(shape[0], dtype=torch.float64, device=device)
         generator = torch.Generator(device=device)
         for sample, seed in enumerate(seeds):
             generator.manual_seed(seed)
@@ -136,12 +180,27 @@ class FeasibleSet:
                 noise[sample].uniform_(-1.0, 1.0, generator=generator)
             else:
                 noise[sample].normal_(generator=generator)
-                radius[sample].uniform_(generator=generator)
+                share[sample].uniform_(generator=generator)
+        if self.mask is not None:
+            noise = noise.masked_fill(~self.mask, 0.0)
         offset = noise.double()
-        if self.norm == "l2":
-            radius = per_sample(radius, noise) ** (1 / noise[0].numel())
-            offset = steepest_direction(noise, "l2") * radius
-        return self.project(self.images.double() + self.eps * offset)
+        if self.norm == "linf" and surface:
+            largest = per_sample(offset.flatten(1).abs().amax(1), noise)
+            offset = offset / largest.masked_fill(largest == 0, 1.0)
+        elif self.norm == "l2":
+            offset = steepest_direction(noise, "l2")
+            if not surface:
+                offset = offset * per_sample(share ** (1 / self._dimensions()), noise)
+        return self.project(self.images.double() + self.radius * offset)
+
+    def _dimensions(self) -> float | Tensor:
+        """How many entries of an image may change."""
+        if self.mask is None:
+            return self.images[0].numel()
+        return self.mask.flatten(1).sum(1).clamp(min=1)
+
+    def _unmasked(self, points: Tensor) -> Tensor:
+        return points if self.mask is None else torch.where(self.mask, points, self.images)
 
 
 def sample_keys(images: Tensor) -> list[int]:
@@ -206,6 +265,11 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
         A view of ``values``, shape ``(B, 1, ...)`` with as many dimensions as ``like``.
     """
     return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def from_host(numbers: np.ndarray, like: Tensor) -> Tensor:
+    """Copy numbers to the device of a tensor without waiting for what the device is doing."""
+    return torch.from_numpy(numbers).to(like.device, non_blocking=True)
 
 
 def _length(offset: Tensor) -> Tensor:
