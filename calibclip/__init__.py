@@ -1,8 +1,8 @@
 """Exact Dirichlet alignment losses, attacks and calibration metrics for CLIP under attack."""
 
-from calibclip import attention, losses, metrics
+from calibclip import attacks, attention, losses, metrics
 from calibclip._prompts import clean_class_name
-from calibclip.attacks import PGD, AttackResult, pgd
+from calibclip.attacks import APGD, PGD, AttackResult, pgd
 from calibclip.dirichlet import (
     DirichletHead,
     aleatoric_uncertainty,
@@ -47,6 +47,7 @@ from calibclip.zero_shot import ZeroShotClassifier
 __version__ = "0.1.0"
 
 __all__ = [
+    "APGD",
     "PGD",
     "AlignTerms",
     "AttackResult",
@@ -65,6 +66,7 @@ __all__ = [
     "TeCoALoss",
     "ZeroShotClassifier",
     "aleatoric_uncertainty",
+    "attacks",
     "attention",
     "clean_class_name",
     "comp_tga_loss",

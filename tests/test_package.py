@@ -97,10 +97,24 @@ def later():
 
 # The public surface
 
-RESULTS = {"AttackResult", "ReliabilityTable"}  # returned, not called: no example; and all *Terms
+# Returned or raised, not called: no example; and all *Terms.
+RESULTS = {
+    "AttackResult",
+    "AttackWarning",
+    "Diagnostics",
+    "ReliabilityTable",
+    "TransferMatrix",
+    "WorstCaseResult",
+}
 PUBLIC = [
     (module, name)
-    for module in (calibclip, calibclip.attention, calibclip.losses, calibclip.metrics)
+    for module in (
+        calibclip,
+        calibclip.attacks,
+        calibclip.attention,
+        calibclip.losses,
+        calibclip.metrics,
+    )
     for name in sorted(module.__all__)
 ]
 

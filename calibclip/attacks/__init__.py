@@ -6,11 +6,14 @@ random state are the same before and after.
 
 from calibclip.attacks import objectives as objectives
 from calibclip.attacks.apgd import APGD as APGD
+from calibclip.attacks.export import to_uint8 as to_uint8
 from calibclip.attacks.pgd import PGD as PGD
 from calibclip.attacks.pgd import pgd as pgd
 from calibclip.attacks.result import AttackResult as AttackResult
 from calibclip.attacks.result import AttackWarning as AttackWarning
 from calibclip.attacks.result import Diagnostics as Diagnostics
+from calibclip.attacks.transfer import TransferMatrix as TransferMatrix
+from calibclip.attacks.transfer import transfer_matrix as transfer_matrix
 
 __all__ = [
     "APGD",
@@ -18,6 +21,9 @@ __all__ = [
     "AttackResult",
     "AttackWarning",
     "Diagnostics",
+    "TransferMatrix",
     "objectives",
     "pgd",
+    "to_uint8",
+    "transfer_matrix",
 ]

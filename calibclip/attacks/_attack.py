@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from calibclip._checks import (
 )
 from calibclip._progress import progress_bar
 from calibclip.attacks._model import (
+    FULL,
     PRECISIONS,
     AttackedModel,
     Labels,
@@ -67,7 +69,7 @@ class Call:
         )
 
 
-class GradientAttack:
+class GradientAttack(ABC):
     """Base of the gradient attacks: frozen dataclasses with these options as fields."""
 
     eps: float
@@ -86,8 +88,9 @@ class GradientAttack:
     random_start: bool = True
     targeted: bool = False
 
+    @abstractmethod
     def _rule(self) -> Rule:
-        raise NotImplementedError
+        """Return how a point moves."""
 
     def _random_points(self, feasible: FeasibleSet, seeds: list[int]) -> Tensor:
         return feasible.random_points(seeds)
@@ -210,6 +213,8 @@ class GradientAttack:
         if start is not None:
             start = check_floating("start", start, shape="of the images")
             check_same_shape("start", start, "images", clean)
+            if not bool(start.isfinite().all()):
+                raise ValueError(wrong("start", "finite values", "NaN or infinity among them"))
             start = feasible.project(start.detach())
         seed = draw_seed(generator, self.seed)
         return Call(model, feasible, Labels(target, reference), start, objective, seed)
@@ -226,12 +231,12 @@ class GradientAttack:
         )
 
     def _run(self, call: Call, batch_size: int, progress: bool) -> _Run:
-        attacked = self._attacked(call)
+        asked, attacked = call, self._attacked(call)
         call = self._with_reference(attacked, call, batch_size)
         plan = self._plan(call, batch_size)
         rows = len(call.images) * plan.attempts
         with progress_bar(progress, rows, type(self).__name__, "image") as ended:
-            return _Run(call, attacked, search(attacked, plan, self._rule(), ended))
+            return _Run(asked, call, attacked, search(attacked, plan, self._rule(), ended))
 
     def _with_reference(self, attacked: AttackedModel, call: Call, batch_size: int) -> Call:
         """Add what the objective compares with, where the model itself has to tell."""
@@ -282,23 +287,27 @@ class GradientAttack:
         """Judge the images again in full precision; attack anew where a success was not one."""
         result, labels = run.result(), run.call.labels
         exact = copy(self)
-        object.__setattr__(exact, "precision", None)
+        object.__setattr__(exact, "precision", FULL)
+        attacked, judged = exact._attacked(run.asked), []
         if run.call.objective.reference == "rival" and labels.reference is not None:
             aim = (run.findings.attempt % labels.reference.shape[1]).unsqueeze(1)
             labels = Labels(labels.target, labels.reference.gather(1, aim).squeeze(1))
-        attacked, judged = exact._attacked(run.call), []
+        else:
+            labels = exact._with_reference(attacked, run.asked, batch_size).labels
         with torch.no_grad():
             for index in torch.arange(len(result.images)).split(batch_size):
                 part = slice(int(index[0]), int(index[-1]) + 1)
                 rows = Labels(*(None if field is None else field[part] for field in labels))
                 judged.append(attacked.judge(result.images[part], rows))
         _, loss, fooled, _ = (torch.cat(fields) for fields in zip(*judged, strict=True))
-        steps = result.steps_to_success.masked_fill(~fooled, -1)
+        # Of a success that only full precision sees, the last step is known.
+        steps = result.steps_to_success
+        steps = steps.masked_fill(fooled & (steps < 0), self.steps).masked_fill(~fooled, -1)
         refuted = (result.success & ~fooled).nonzero().flatten()
         passes = [attacked]
         result = replace(result, success=fooled, loss=loss, steps_to_success=steps)
         if len(refuted):
-            repeated = exact._run(run.call.rows(refuted), batch_size, False)
+            repeated = exact._run(run.asked.rows(refuted), batch_size, False)
             passes.append(repeated.attacked)
             redone = repeated.result()
             for name in ("images", "success", "loss", "steps_to_success"):
@@ -316,7 +325,8 @@ class GradientAttack:
 class _Run:
     """One search that has ended, and what it ran on."""
 
-    call: Call
+    asked: Call
+    call: Call  # with what the objective compares with
     attacked: AttackedModel
     findings: Findings
 
@@ -333,6 +343,7 @@ class _Run:
             backward_images=attacked.backward_images,
             diagnostics=Diagnostics(
                 judged=findings.judged,
+                steps=findings.steps,
                 zero_gradients=findings.zero_gradients,
                 nonfinite=findings.nonfinite,
                 saturated=attacked.saturated_share(),
@@ -366,10 +377,13 @@ def check_eps(eps: object, norm: str, bounds: tuple[float, float]) -> float:
 
 def check_radii(eps: object, images: Tensor) -> Tensor:
     """Return one radius per image in float64."""
-    eps = check_floating("eps", eps, shape=f"({len(images)},), one radius per image")
+    expected = f"a floating-point tensor of shape ({len(images)},), one radius per image"
+    if not isinstance(eps, Tensor) or not eps.is_floating_point():
+        raise TypeError(wrong("eps", expected, describe(eps), "call eps.float()"))
     if eps.shape != images.shape[:1]:
         expected = f"one radius per image, shape ({len(images)},)"
         raise ValueError(wrong("eps", expected, describe(eps)))
+    check_same_device("eps", eps, "images", images)
     if not bool(((eps >= 0) & eps.isfinite()).all()):
         raise ValueError(wrong("eps", "numbers >= 0", f"{float(eps.min()):g} among them"))
     return eps.detach().double()

@@ -20,6 +20,8 @@ from calibclip.attacks.objectives import (
 from calibclip.attacks.threat import per_sample
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+# Without autocast even where one is around the call; attacks confirm their successes so.
+FULL = "full"
 
 
 @contextmanager
@@ -213,6 +215,8 @@ class AttackedModel:
     def _autocast(self, device: torch.device):
         if self.precision is None:
             return nullcontext()
+        if self.precision == FULL:
+            return torch.autocast(device.type, enabled=False)
         return torch.autocast(device.type, PRECISIONS[self.precision])
 
 

@@ -23,6 +23,9 @@ from calibclip.attacks.threat import FeasibleSet, from_host, per_sample, stream_
 # Rows that are done wait until they are an eighth of the batch: closing ranks copies images.
 _SLACK = 8
 
+# What is counted for each row, and added up for each sample.
+_COUNTS = ("zero_gradients", "nonfinite", "steps", "judged")
+
 
 class Rule(Protocol):
     """How a row gets from one point to the next."""
@@ -90,7 +93,8 @@ class Findings:
     success_attempt: Tensor  # the first that succeeded; -1: none
     zero_gradients: Tensor
     nonfinite: Tensor
-    judged: Tensor  # iterates
+    steps: Tensor
+    judged: Tensor
 
     @staticmethod
     def nothing(images: Tensor, loss_dtype: torch.dtype) -> Findings:
@@ -98,7 +102,7 @@ class Findings:
         loss = torch.full((batch,), torch.nan, dtype=loss_dtype, device=device)
         count = torch.zeros(batch, dtype=torch.int64, device=device)
         best = Iterate(images.clone(), loss, count.bool(), loss.clone())
-        never, counts = count - 1, [count.clone() for _ in range(3)]
+        never, counts = count - 1, [count.clone() for _ in range(4)]
         return Findings(best, never, never.clone(), never.clone(), *counts)
 
     def merge(self, rows: _Rows, attempt: int, samples: Tensor, first: bool) -> None:
@@ -107,7 +111,7 @@ class Findings:
         A success beats a failure; among equals the higher rank wins or, with ``first``, of two
         successes the earlier attempt's.
         """
-        new, old = rows.judged, Iterate(*(field[samples] for field in self.best))
+        new, old = rows.best, Iterate(*(field[samples] for field in self.best))
         incumbent = self.attempt[samples]
         earlier = attempt < incumbent
         stronger = (new.rank > old.rank) | ((new.rank == old.rank) & earlier)
@@ -124,8 +128,8 @@ class Findings:
         self.success_attempt[samples] = winner.masked_fill(faster, attempt)
         known = self.steps_to_success[samples]
         self.steps_to_success[samples] = torch.where(faster, rows.first, known)
-        self.zero_gradients[samples] += rows.zero_gradients
-        self.nonfinite[samples] += rows.nonfinite
+        for name in _COUNTS:
+            getattr(self, name)[samples] += getattr(rows, name)
 
 
 @dataclass
@@ -143,10 +147,12 @@ class _Rows:
     repeating: Tensor
     zero_gradients: Tensor
     nonfinite: Tensor
+    steps: Tensor
+    judged: Tensor
     memory: Any
 
     @property
-    def judged(self) -> Iterate:
+    def best(self) -> Iterate:
         if self.kept is None:
             raise RuntimeError("no row has been judged yet")
         return self.kept
@@ -211,7 +217,7 @@ class _Search:
                 continue
             if findings is None:
                 # Only now is it known in which dtype the losses are.
-                loss_dtype = rows.judged.loss.dtype
+                loss_dtype = rows.best.loss.dtype
                 findings = Findings.nothing(self.plan.feasible.images, loss_dtype)
             self._harvest(findings, rows, done)
             refilled = self._refill(rows, done)
@@ -271,19 +277,19 @@ class _Search:
             kept=kept,
             first=count - 1,
             repeating=count.bool(),
-            zero_gradients=count,
-            nonfinite=count.clone(),
+            **{name: count.clone() for name in _COUNTS},
             memory=self.rule.begin(feasible, points),
         )
 
     def _step(self, rows: _Rows) -> None:
         """Judge the points of all rows, and move on those that have steps to take."""
-        at_end = bool((rows.ages >= self.plan.steps).all())
+        padding = rows.ids < 0
+        at_end = bool((padding | (rows.ages >= self.plan.steps)).all())
         with torch.set_grad_enabled(not at_end):
             iterate = self.attacked.judge(rows.points, rows.labels)
         self._record(rows, iterate)
         if self.plan.stop and self.glance.is_free(rows.points):
-            at_end |= bool(rows.judged.fooled.all())
+            at_end |= bool((padding | rows.best.fooled.numpy()).all())
         if not at_end:
             self.attacked.observe(rows.labels)
             gradient = self.attacked.gradient()
@@ -301,15 +307,16 @@ class _Search:
     def _record(self, rows: _Rows, iterate: Iterate) -> None:
         """Keep the iterate that is selected so far, and the step of the first success."""
         plan, ages = self.plan, rows.ages
-        # The clean image ranks last: a report on attacked images must not contain it.
-        clean = (ages == 0) & plan.starts_at_clean(rows.ids // self.batch)
-        if clean.any():
-            rank = iterate.rank.masked_fill(from_host(clean, iterate.rank), -torch.inf)
-            iterate = iterate._replace(rank=rank)
-        hit = iterate.fooled & (rows.first < 0)
-        over = ages > plan.steps
-        if over.any():
-            hit &= ~from_host(over, hit)
+        # The clean image ranks last, also when a climb from it comes back to it: a report on
+        # attacked images must not contain it.
+        from_clean = plan.starts_at_clean(rows.ids // self.batch)
+        if from_clean.any():
+            back = (iterate.images == rows.feasible.images).flatten(1).all(1)
+            back &= from_host(from_clean, back)
+            iterate = iterate._replace(rank=iterate.rank.masked_fill(back, -torch.inf))
+        active = self._active(rows)
+        rows.judged = rows.judged + active
+        hit = iterate.fooled & (rows.first < 0) & active
         rows.first = torch.where(hit, _numbers(ages, hit), rows.first)
 
         kept = rows.kept
@@ -323,10 +330,7 @@ class _Search:
             if plan.select == "first_success":
                 stronger &= ~kept.fooled
             better = (iterate.fooled & ~kept.fooled) | stronger
-        if plan.stop:
-            better &= ~kept.fooled
-        if over.any():
-            better &= ~from_host(over, better)
+        better &= active
         if (ages == 0).any():
             better |= from_host(ages == 0, better)
         rows.kept = Iterate(
@@ -337,22 +341,32 @@ class _Search:
         )
 
     def _count_blind_steps(self, rows: _Rows, iterate: Iterate, gradient: Tensor) -> None:
-        """Count the steps of each row without a direction, for it has no success yet."""
+        """Count the steps of each row, and those without a direction."""
         flat = gradient.flatten(1)
         self.attacked.count_zeros(flat)
-        searching = rows.first < 0
-        if (rows.ages >= self.plan.steps).any():
-            searching &= ~from_host(rows.ages >= self.plan.steps, searching)
+        active = self._active(rows)
+        if (rows.ages == self.plan.steps).any():
+            active &= from_host(rows.ages < self.plan.steps, active)
         broken = ~flat.isfinite().all(1) | ~iterate.loss.isfinite()
-        rows.nonfinite = rows.nonfinite + broken
-        rows.zero_gradients = rows.zero_gradients + (searching & ~flat.any(1))
+        rows.steps = rows.steps + active
+        rows.nonfinite = rows.nonfinite + (active & broken)
+        rows.zero_gradients = rows.zero_gradients + (active & (rows.first < 0) & ~flat.any(1))
+
+    def _active(self, rows: _Rows) -> Tensor:
+        """Which rows are not just waiting to leave the batch."""
+        active = torch.ones_like(rows.repeating)
+        if (rows.ages > self.plan.steps).any():
+            active &= from_host(rows.ages <= self.plan.steps, active)
+        if self.plan.stop and rows.kept is not None:
+            active &= ~(rows.kept.fooled | rows.repeating)
+        return active
 
     def _done(self, rows: _Rows) -> np.ndarray:
         """Which rows have come to their end, as far as the host knows."""
         padding = rows.ids < 0
         done = padding | (rows.ages > self.plan.steps) | (~padding & self._overtaken(rows.ids))
         if self.plan.stop:
-            seen = self.glance(rows.judged.fooled | rows.repeating)
+            seen = self.glance(rows.best.fooled | rows.repeating)
             if seen is not None:
                 done |= seen
         return done
@@ -374,10 +388,8 @@ class _Search:
             samples = rows.ids[index] % self.batch
             part = rows.pick(index) if len(index) < len(rows.ids) else rows
             findings.merge(part, attempt, from_host(samples, rows.points), first)
-            judged = np.minimum(part.ages, self.plan.steps + 1)
-            findings.judged[from_host(samples, rows.points)] += from_host(judged, rows.points)
             if self.plan.stop and self.plan.attempts > 1:
-                won = samples[part.judged.fooled.cpu().numpy()]
+                won = samples[part.best.fooled.cpu().numpy()]
                 self.winner[won] = np.minimum(self.winner[won], attempt)
         self.ended(len(ended))
 
@@ -386,17 +398,18 @@ class _Search:
         self.glance.forget()
         staying = np.flatnonzero(~done)
         ids = self._next(self.plan.batch_size - len(staying))
-        if len(staying) == len(ids) == 0:
+        live = len(staying) + len(ids)
+        if live == 0:
             return None
-        if len(staying) == 0:
-            return self._begin(ids, None)
-        if self.plan.fixed_width and len(ids) == 0:
+        if self.plan.fixed_width:
             width = len(rows.ids)
-            while width >= 2 * len(staying):
+            while width >= 2 * live:
                 width //= 2
-            padding = np.flatnonzero(done)[: width - len(staying)]
+            padding = np.flatnonzero(done)[: max(width - live, 0)]
             rows.ids = np.where(done, -1, rows.ids)
             staying = np.concatenate([staying, padding])
+        if len(staying) == 0:
+            return self._begin(ids, None)
         rows = rows.pick(staying)
         return rows.join(self._begin(ids, rows.kept)) if len(ids) else rows
 

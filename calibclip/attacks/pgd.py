@@ -192,7 +192,7 @@ class _Steepest:
         if attack.schedule != "constant":
             step_size = step_size * self._shares(ages, gradient)
         if memory.momentum is not None:
-            gradient = _unit_sum(gradient) + attack.momentum * memory.momentum
+            gradient = _unit_sum(feasible.movable(gradient)) + attack.momentum * memory.momentum
             memory = memory._replace(momentum=gradient)
         return feasible.ascend(iterate.images, gradient, step_size), memory
 
@@ -312,7 +312,8 @@ def pgd(
         compile=compile,
     )
     call_options = {"reference": reference, "mask": mask, "start": start, "generator": generator}
-    if select != "last" or restarts > 1 or stop_when_fooled or objective == "dlr-targeted":
+    several = restarts > 1 or attack._resolved().reference == "rival"
+    if select != "last" or several or stop_when_fooled:
         return attack(model, images, target, **call_options).images
     with undisturbed(model):
         return attack._last_iterate(attack._check_call(model, images, target, **call_options))

@@ -21,7 +21,9 @@ class Diagnostics:
     """Signs that an attack could not see where to go.
 
     Attributes:
-        judged: Iterates the model has judged, over all attempts, shape ``(B,)``, int64.
+        judged: Iterates the model has judged, over all attempts, shape ``(B,)``, int64. Which
+            attempts after a successful one still ran depends on the batch size.
+        steps: Gradients computed, over all attempts, shape ``(B,)``, int64.
         zero_gradients: Steps at which a sample without a success had a gradient of all zeros,
             shape ``(B,)``, int64. Such a step moves nothing.
         nonfinite: Steps at which the loss or the gradient of a sample was NaN or infinite, shape
@@ -32,6 +34,7 @@ class Diagnostics:
     """
 
     judged: Tensor
+    steps: Tensor
     zero_gradients: Tensor
     nonfinite: Tensor
     saturated: float
@@ -40,10 +43,10 @@ class Diagnostics:
     @property
     def blind(self) -> Tensor:
         """Samples without a direction in at least half of their steps, shape ``(B,)``, bool."""
-        return 2 * torch.maximum(self.zero_gradients, self.nonfinite) >= self.judged.clamp(min=1)
+        return 2 * torch.maximum(self.zero_gradients, self.nonfinite) >= self.steps.clamp(min=1)
 
     def __repr__(self) -> str:
-        batch, steps = max(len(self.judged), 1), max(int(self.judged.sum()), 1)
+        batch, steps = max(len(self.judged), 1), max(int(self.steps.sum()), 1)
         return (
             f"Diagnostics({int(self.blind.sum()) / batch:.1%} of samples blind; of the steps "
             f"{int(self.zero_gradients.sum()) / steps:.1%} without a gradient, "
@@ -92,7 +95,14 @@ class AttackResult:
 
 
 def nothing_to_attack(images: Tensor) -> AttackResult:
-    """Return the result for an empty batch, which no model needs to see."""
+    """Return the result for an empty batch, which no model needs to see.
+
+    Args:
+        images: Shape ``(0, ...)``, floating; they are the result's images.
+
+    Returns:
+        A result whose tensors have shape ``(0,)``, and no passes.
+    """
     loss = at_least_float32(images.new_empty(0))
     none = loss.long()
     return AttackResult(
@@ -102,14 +112,24 @@ def nothing_to_attack(images: Tensor) -> AttackResult:
         steps_to_success=none,
         n_forward=0,
         n_backward=0,
-        diagnostics=Diagnostics(none, none, none, 0.0, 0.0),
+        diagnostics=Diagnostics(none, none, none, none, 0.0, 0.0),
     )
 
 
 def warn_if_doubtful(
     result: AttackResult, *, targeted: bool, looks_like_probabilities: bool, stacklevel: int
 ) -> None:
-    """Warn where the figures of a result may not mean what they seem to."""
+    """Warn where the figures of a result may not mean what they seem to.
+
+    Args:
+        result: Of the attack.
+        targeted: Whether it went towards the target.
+        looks_like_probabilities: Whether the first outputs were in [0, 1] and added up to 1.
+        stacklevel: How far above the caller the line is that the warning shall name.
+
+    Warns:
+        AttackWarning: Once for each thing found.
+    """
 
     def warn(text: str) -> None:
         warnings.warn(text, AttackWarning, stacklevel=stacklevel + 2)

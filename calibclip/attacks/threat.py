@@ -133,8 +133,7 @@ class FeasibleSet:
         if self.lower is not None:
             return points.to(self.images.dtype).clamp(self.lower, self.upper)
         offset = points.double() - self.images.double()
-        if self.mask is not None:
-            offset = offset.masked_fill(~self.mask, 0.0)
+        offset = self.movable(offset)
         length = _length(offset)
         offset = offset * (self.radius / length).masked_fill(length <= self.radius, 1.0)
         return self._unmasked(add_inward(self.images, offset).clamp(*self.bounds))
@@ -147,13 +146,11 @@ class FeasibleSet:
             direction: Gradient, or what takes its place; its scale is of no effect.
             step_size: Length of the step: a number, or shape ``(B,)``.
         """
-        if self.mask is not None:
-            direction = direction.masked_fill(~self.mask, 0.0)
-        direction = steepest_direction(direction, self.norm)
+        direction = steepest_direction(self.movable(direction), self.norm)
+        # In half precision a step would lose digits before the projection rounds the point.
+        direction = direction.to(torch.promote_types(direction.dtype, torch.float32))
         if isinstance(step_size, Tensor):
-            # Half-precision steps would lose digits; a float64 image keeps those of its step.
-            dtype = torch.promote_types(direction.dtype, torch.float32)
-            step_size = per_sample(step_size.to(dtype), points)
+            step_size = per_sample(step_size.to(direction.dtype), points)
         return self.project(points + step_size * direction)
 
     def random_points(self, seeds: Sequence[int], *, surface: bool = False) -> Tensor:
@@ -181,8 +178,7 @@ class FeasibleSet:
             else:
                 noise[sample].normal_(generator=generator)
                 share[sample].uniform_(generator=generator)
-        if self.mask is not None:
-            noise = noise.masked_fill(~self.mask, 0.0)
+        noise = self.movable(noise)
         offset = noise.double()
         if self.norm == "linf" and surface:
             largest = per_sample(offset.flatten(1).abs().amax(1), noise)
@@ -192,6 +188,10 @@ class FeasibleSet:
             if not surface:
                 offset = offset * per_sample(share ** (1 / self._dimensions()), noise)
         return self.project(self.images.double() + self.radius * offset)
+
+    def movable(self, values: Tensor) -> Tensor:
+        """Return the values with zeros where an image may not change."""
+        return values if self.mask is None else values.masked_fill(~self.mask, 0.0)
 
     def _dimensions(self) -> float | Tensor:
         """How many entries of an image may change."""
@@ -268,7 +268,15 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def from_host(numbers: np.ndarray, like: Tensor) -> Tensor:
-    """Copy numbers to the device of a tensor without waiting for what the device is doing."""
+    """Copy numbers to the device of a tensor without waiting for what the device is doing.
+
+    Args:
+        numbers: Any shape and dtype; not changed afterwards.
+        like: Only its device is used.
+
+    Returns:
+        The numbers, of their shape and dtype.
+    """
     return torch.from_numpy(numbers).to(like.device, non_blocking=True)
 
 
