@@ -2,7 +2,7 @@
 
 from calibclip import attacks, attention, losses, metrics
 from calibclip._prompts import clean_class_name
-from calibclip.attacks import APGD, PGD, AttackResult, pgd
+from calibclip.attacks import APGD, PGD, AttackResult, WorstCase, pgd
 from calibclip.dirichlet import (
     DirichletHead,
     aleatoric_uncertainty,
@@ -64,6 +64,7 @@ __all__ = [
     "TGALoss",
     "TRADESLoss",
     "TeCoALoss",
+    "WorstCase",
     "ZeroShotClassifier",
     "aleatoric_uncertainty",
     "attacks",

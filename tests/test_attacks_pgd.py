@@ -1,13 +1,13 @@
 """PGD against plain loops, closed forms and the promises of its docstring."""
 
-import copy
 import pickle
-import random
 import weakref
 
 import numpy as np
 import pytest
 import torch
+from attack_models import N_CLASSES, SHAPE, RowWise, assert_unchanged, busy_model, snapshot
+from attack_oracles import own_class, some_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,74 +20,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::calibclip.attacks.result.Attack
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 quicker = settings(quick, max_examples=12)  # for properties that run several attacks
-SHAPE = (2, 3, 3)
-N_CLASSES = 4
-
-
-class RowWise:
-    """A smooth two-layer classifier of elementwise products and row sums.
-
-    No matrix product: the result for a row is the same bits whatever else is in the batch.
-    """
-
-    def __init__(self, seed=0, dtype=torch.float64, n_classes=N_CLASSES):
-        generator = torch.Generator().manual_seed(seed)
-        n_pixels = int(np.prod(SHAPE))
-        self.hidden = 2 * torch.randn(6, n_pixels, generator=generator).to(dtype)
-        self.output = 2 * torch.randn(n_classes, 6, generator=generator).to(dtype)
-        self.visited = []
-
-    def __call__(self, images):
-        self.visited.append(images.detach().clone())
-        pixels = images.flatten(1).unsqueeze(1) - 0.5
-        features = torch.tanh((pixels * self.hidden).sum(-1)).unsqueeze(1)
-        return (features * self.output).sum(-1)
-
-
-class Busy(nn.Module):
-    """A module with everything an attack could disturb."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(SHAPE[0], 4, 3, padding=1)
-        self.norm = nn.BatchNorm2d(4)
-        self.frozen_norm = nn.BatchNorm2d(4)
-        self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(4 * SHAPE[1] * SHAPE[2], N_CLASSES)
-        self.modes = []
-        self.fail_at = None
-
-    def forward(self, images):
-        self.modes.append([module.training for module in self.modules()])
-        if len(self.modes) == self.fail_at:
-            raise RuntimeError("the model failed")
-        features = self.frozen_norm(self.norm(self.conv(images)).relu())
-        return self.head(self.dropout(features).flatten(1))
-
-
-def busy_model():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Busy().train()
-        model.frozen_norm.eval()
-        model.conv.bias.requires_grad_(False)
-        model.conv.weight.grad = torch.randn_like(model.conv.weight)
-    return model
-
-
-def some_images(batch=4, dtype=torch.float64, seed=0):
-    """Random pixels with some on the walls of the box."""
-    values = np.random.default_rng(seed).uniform(-0.2, 1.2, (batch, *SHAPE)).clip(0, 1)
-    return torch.from_numpy(values).to(dtype)
 
 
 def some_target(batch=4, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).integers(0, N_CLASSES, batch))
-
-
-def own_class(model, images):
-    """Predictions as target, so that nothing is misclassified at the start."""
-    return model(images).argmax(1)
 
 
 # ---------------------------------------------------------------------------- oracles
@@ -194,7 +130,7 @@ def test_returned_image_follows_the_rule(attack, batch, seed):
 @given(attacks, st.sampled_from(["sane", "nan gradient", "inf gradient", "nan logits"]),
        st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))  # fmt: skip
 def test_result_is_feasible_and_finite(attack, fault, dtype):
-    clean, images, target = some_images(3, dtype), some_images(3, dtype), some_target(3)
+    clean, images, target = some_images(3, dtype=dtype), some_images(3, dtype=dtype), some_target(3)
     core = RowWise(dtype=dtype)
 
     def model(points):
@@ -443,32 +379,6 @@ def test_generator_gives_fresh_starts_and_can_be_replayed():
 
 
 # ---------------------------------------------------------------------------- no trace
-
-
-def snapshot(model):
-    return (
-        copy.deepcopy(model.state_dict()),
-        [(p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()],
-        [p.requires_grad for p in model.parameters()],
-        [module.training for module in model.modules()],
-        torch.get_rng_state(),
-        np.random.get_state()[1].copy(),  # noqa: NPY002
-        random.getstate(),
-    )
-
-
-def assert_unchanged(model, before):
-    state, gradients, *flags = before
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, state[name]), name
-    for parameter, (same, value) in zip(model.parameters(), gradients, strict=True):
-        assert parameter.grad is same
-        assert value is None or torch.equal(parameter.grad, value)
-    after = snapshot(model)[2:]
-    assert after[:2] == tuple(flags[:2])
-    assert torch.equal(after[2], flags[2])
-    assert np.array_equal(after[3], flags[3])
-    assert after[4] == flags[4]
 
 
 @pytest.mark.parametrize("fail_at", [None, 1, 2, 4])

@@ -294,7 +294,7 @@ def test_help_lists_the_methods(finetune, capsys):
     printed = capsys.readouterr().out
     assert "comp-tga sgd, lr 0.0001" in printed
     assert "torchrun" in printed
-    assert "published for ViT-L/14, and with momentum 0.9 in the attack" in printed
+    assert "published for ViT-L/14; the momentum of its attack changes no" in printed
 
 
 @pytest.mark.parametrize(
