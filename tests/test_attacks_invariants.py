@@ -22,7 +22,7 @@ from attack_models import N_CLASSES, SHAPE, RowWise, assert_unchanged, busy_mode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibclip.attacks import APGD, PGD, AttackWarning, _rows, pgd
+from calibclip.attacks import APGD, PGD, AttackWarning, Square, WorstCase, _rows, pgd
 from calibclip.attacks.export import to_uint8
 from calibclip.attacks.objectives import OBJECTIVES, resolve_objective
 
@@ -923,6 +923,45 @@ def test_17_few_classes_fall_back_to_the_margin(case):
     result = case.run()
     assert_same(result, case.run(objective="margin"))
     assert result.loss.isfinite().all()
+
+
+# ---------------------------------------------------------------------------- the worst case
+
+
+@st.composite
+def members(draw):
+    """Two or three attacks of one radius, each with a seed of its own."""
+    eps = draw(st.sampled_from([0.0, 1 / 255, 0.03, 0.06]))
+    seeds = st.integers(0, 2**20)
+    member = st.one_of(
+        st.builds(PGD, st.just(eps), st.integers(0, 6), select=st.sampled_from(["last", "worst"]),
+                  seed=seeds),
+        st.builds(APGD, st.just(eps), st.integers(1, 6), stop_when_fooled=st.booleans(),
+                  objective=st.sampled_from(["ce", "dlr-targeted"]), seed=seeds),
+        st.builds(Square, st.just(eps), st.integers(1, 20), seed=seeds),
+    )  # fmt: skip
+    return draw(st.lists(member, min_size=2, max_size=3))
+
+
+@several
+@given(members(), st.integers(0, 99), st.sampled_from([1, 3, 8]), st.booleans())
+def test_18_the_worst_case_is_no_better_than_a_member_in_any_order(attacks, seed, size, individual):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(8, *SHAPE, generator=generator, dtype=torch.float64)
+    model = RowWise(seed)
+    target = model(images).argmax(1)
+    target[0] = (target[0] + 1) % N_CLASSES  # wrong from the start
+    wrong = torch.stack(
+        [model(attack(model, images, target).images).argmax(1) != target for attack in attacks]
+    )
+    wrong[:, 0] = True
+    for order in (attacks, attacks[::-1]):
+        worst = WorstCase(order, individual=individual)(model, images, target, batch_size=size)
+        # What is broken is what a member breaks, not less and not more.
+        assert torch.equal(worst.success, wrong.any(0))
+        assert worst.robust_accuracy <= float((~wrong).double().mean(1).min())
+        assert torch.equal(model(worst.images).argmax(1) != target, worst.success)
+        assert float((worst.images - images).abs().max()) <= order[0].eps
 
 
 # ---------------------------------------------------------------------------- files, memory
