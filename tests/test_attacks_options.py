@@ -1109,7 +1109,8 @@ def test_empty_batches(attack_type):
 
 
 def test_an_empty_batch_has_no_radii():
-    PGD(0.1)(RowWise(), some_images(0), CLASS[:0], eps=torch.zeros(0))
+    result = PGD(0.1)(RowWise(), some_images(0), CLASS[:0], eps=torch.zeros(0))
+    assert result.images.shape == some_images(0).shape
 
 
 @quietly
