@@ -1122,3 +1122,14 @@ def test_a_start_that_is_not_a_number_does_not_get_through(norm):
     except ValueError:
         return
     assert bool(result.images.isfinite().all())
+
+
+def test_momentum_on_a_large_image_in_half_precision():
+    # 3 * 160 * 160 gradients of equal size sum to more than float16 holds.
+    images = torch.full((1, 3, 160, 160), 0.5, dtype=torch.float16)
+    result = PGD(0.1, 2, 0.05, momentum=0.9, random_start=False)(
+        lambda x: torch.stack([-x.float().flatten(1).mean(1), x.float().flatten(1).mean(1)], 1),
+        images,
+        torch.zeros(1, dtype=torch.int64),
+    )
+    assert float((result.images - images).abs().min()) > 0.04

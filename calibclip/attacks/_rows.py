@@ -436,7 +436,7 @@ class _Glance:
         )
         copied, event = self._pending
         copied.copy_(flags, non_blocking=True)
-        event.record()
+        event.record(torch.cuda.current_stream(flags.device))
         if arrived is None:
             return None
         arrived[1].synchronize()

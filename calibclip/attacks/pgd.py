@@ -210,8 +210,10 @@ def _unit_sum(gradient: Tensor) -> Tensor:
     gradient = gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     largest = per_sample(gradient.flatten(1).abs().amax(1), gradient)
     gradient = gradient / largest.masked_fill(largest == 0, 1.0)
-    total = per_sample(gradient.flatten(1).abs().sum(1), gradient)
-    return gradient / total.masked_fill(total == 0, 1.0)
+    # Half precision cannot hold the sum over a large image.
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    total = per_sample(gradient.flatten(1).abs().sum(1, dtype=wide), gradient)
+    return gradient.to(wide) / total.masked_fill(total == 0, 1.0)
 
 
 def pgd(
