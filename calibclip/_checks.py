@@ -87,7 +87,7 @@ def check_flag(argument: str, value: object) -> None:
 
 def check_choice(argument: str, value: object, choices: Collection[str]) -> None:
     """Check that ``value`` is one of a few names."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         names = ", ".join(repr(choice) for choice in choices)
         raise ValueError(wrong(argument, f"one of {names}", repr(value)))
 

@@ -4,6 +4,7 @@ import math
 import re
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from calibclip.attacks import APGD, PGD, AttackResult, AttackWarning, Diagnostics, pgd
-from calibclip.attacks.objectives import OBJECTIVES, Objective, misclassified
+from calibclip.attacks import APGD, PGD, AttackResult, AttackWarning, Diagnostics, WorstCase, pgd
+from calibclip.attacks.objectives import OBJECTIVES, Objective, margin, misclassified
 
 quietly = pytest.mark.filterwarnings("ignore::calibclip.attacks.result.AttackWarning")
 NAN, INF = float("nan"), float("inf")
@@ -152,6 +153,7 @@ def test_one_radius_per_image(attack_type, norm):
 @pytest.mark.parametrize("attack_type", [PGD, APGD])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("shape", [(3, 3), (2, 1, 1), (4, 1, 3, 3), (4, *SHAPE), (1,)])
+@quietly
 def test_masked_pixels_stay(attack_type, norm, shape):
     model, images, target = problem()
     mask = torch.from_numpy(np.random.default_rng(1).random(shape) < 0.6)
@@ -561,6 +563,8 @@ def test_a_success_of_low_precision_alone_is_none(precision):
         [(half, 3)] * 3 + [(torch.float32, 3)] + [(torch.float32, 2)] * 3
     )
     assert {dtype for dtype, *_ in model.seen} == {torch.float32}
+    assert result.diagnostics.judged.tolist() == [6, 6, 3]
+    assert result.diagnostics.steps.tolist() == [4, 4, 2]
     assert (result.n_forward, result.n_backward) == (7, 4)
     assert (result.forward_images, result.backward_images) == (3 * 3 + 3 + 3 * 2, 2 * 3 + 2 * 2)
 
@@ -624,6 +628,19 @@ def test_the_reference_of_a_confirmation_is_in_full_precision_too(precision):
     assert not attack(model, images, target).success.any()
 
 
+@pytest.mark.parametrize("precision", [None, *HALVES])
+def test_a_lost_success_keeps_its_step(precision):
+    # Targeted at the class it leaves, the second step leads back into the first class.
+    model = Linear([[1.0, 0.0], [0.0, 1.0]])
+    images, target = torch.tensor([[0.5, 0.25]]), torch.tensor([0])
+    lead = Objective(lambda logits, target: -((logits[:, 0] - logits[:, 1]).abs()))
+    attack = PGD(0.5, 2, 0.25, objective=lead, random_start=False, select="last",
+                 precision=precision)  # fmt: skip
+    result = attack(model, images, target)
+    assert not result.success.any()
+    assert result.steps_to_success.tolist() == [1]
+
+
 def test_every_success_has_a_step_in_low_precision_too():
     # bfloat16 sees a tie, of which the first class is the winner; float32 sees the second ahead.
     model = Linear([[1.0, 1.0], [1.0001, 1.0001]])
@@ -639,6 +656,8 @@ def test_a_confirmation_is_exact_under_autocast_too():
     with torch.autocast("cpu", torch.bfloat16):
         result = PGD(0.0, 1, precision="bfloat16")(model, images, target)
     assert not result.success.any()
+    # So is the backward pass, whose product would be 0 in bfloat16.
+    assert result.diagnostics.zero_gradients.tolist() == [0]
 
 
 # ---------------------------------------------------------------------------- compile
@@ -766,6 +785,37 @@ def test_a_model_that_hides_its_gradient_is_reported():
     # Gradients that are all zero have a count of their own.
     assert result.diagnostics.zero_entries == 0.0
     assert "50.0% of samples blind; of the steps 50.0% without" in repr(result.diagnostics)
+
+
+def test_a_gradient_outside_the_mask_is_no_direction():
+    mask = torch.tensor([[[True]], [[False]]])
+    images = torch.full((3, 2, 2, 2), 0.5)
+
+    def model(images):
+        second = images[:, 1].flatten(1).sum(1)
+        return torch.stack([second, -second], 1)
+
+    with pytest.warns(AttackWarning, match="probably blind for 3 of 3 samples"):
+        result = PGD(0.1, 4)(model, images, torch.zeros(3).long(), mask=mask)
+    assert result.diagnostics.zero_gradients.tolist() == [4, 4, 4]
+    # What a backward pass lost is another matter: half of the entries.
+    assert result.diagnostics.zero_entries == 0.5
+
+
+def test_warnings_name_the_line_of_the_user():
+    images, target = torch.full((2, 3), 0.5), torch.zeros(2).long()
+
+    def model(images):
+        return images.softmax(1)
+
+    for attack in (
+        PGD(0.1, 1),
+        lambda *call: pgd(*call, steps=1, restarts=2),
+        WorstCase([PGD(0.1, 1)]),
+    ):
+        with pytest.warns(AttackWarning, match="probabilities") as caught:
+            attack(model, images, target)
+        assert {warning.filename for warning in caught} == {__file__}
 
 
 def test_no_success_is_called_blind():
@@ -963,6 +1013,7 @@ def test_progress_needs_tqdm(monkeypatch):
         ({"eps": 8, "bounds": (-1.0, 2.5)}, ValueError, "<= 3.5, the width of bounds, got 8"),
         ({"schedule": "poly"}, ValueError,
          "schedule: expected one of 'constant', 'linear', 'cosine', got 'poly'"),
+        ({"schedule": ["linear"]}, ValueError, r"schedule: .*, got \['linear'\]"),
         ({"momentum": -1}, ValueError, "momentum: expected a number >= 0, got -1"),
         ({"momentum": "0"}, TypeError, "momentum: expected a number >= 0, got str '0'"),
         ({"n_rivals": 0}, ValueError, "n_rivals: expected an integer >= 1, got 0"),
@@ -1004,7 +1055,9 @@ BAD_CALLS = [
     ({"eps": torch.tensor([0.1, -0.5, 0.1, 0.1])}, ValueError,
      "eps: expected numbers >= 0, got -0.5 among them"),
     ({"eps": torch.tensor([0.1, NAN, 0.1, 0.1])}, ValueError, "eps: .* >= 0, got nan among them"),
-    ({"eps": torch.tensor([0.1, INF, 0.1, 0.1])}, ValueError, "eps: expected numbers >= 0"),
+    ({"eps": torch.tensor([0.1, INF, 0.1, 0.1])}, ValueError, "eps: .* >= 0, got inf among them"),
+    ({"eps": torch.tensor([0.1, 8.0, 0.1, 0.1])}, ValueError, "eps: expected numbers >= 0 and "
+     "<= 1, the width of bounds, got 8 among them; 8 of 255 levels are eps=8/255"),
     ({"mask": torch.ones(SHAPE)}, TypeError, r"mask: expected a bool tensor that broadcasts to "
      r"\(4, 2, 3, 3\), got float32 tensor of shape \(2, 3, 3\)"),
     ({"mask": True}, TypeError, "mask: expected a bool tensor .*, got bool True"),
@@ -1027,6 +1080,14 @@ BAD_CALLS = [
      r"reference: expected the shape of logits, \(4, 5\), got \(4, 6\)"),
     ({"reference": torch.ones(4, 6), "objective": "embedding-l2", "target": None}, ValueError,
      r"reference: expected the shape of features, \(4, 5\), got \(4, 6\)"),
+    ({"reference": torch.ones(4, 5)}, ValueError, "reference: expected None with objective 'ce', "
+     "which compares with nothing, got float32 tensor .*; remove it, or use 'kl'"),
+    ({"reference": torch.ones(4, 5), "objective": "dlr-targeted"}, ValueError,
+     "reference: expected None with objective 'dlr-targeted'"),
+    ({"objective": Objective(margin, lambda z, y: z.argmax(1))}, TypeError,
+     r"objective: expected a success of shape \(4,\), bool, got int64 tensor of shape \(4,\)"),
+    ({"objective": Objective(margin, lambda z, y: z > 0)}, ValueError,
+     r"objective: expected a success of shape \(4,\), bool, got bool tensor of shape \(4, 5\)"),
     ({"batch_size": 0}, ValueError, "batch_size: expected an integer >= 1, got 0"),
     ({"batch_size": 2.0}, TypeError, "batch_size: expected an integer >= 1, got float 2.0"),
     ({"progress": 1}, TypeError, "progress: expected True or False, got int 1"),
@@ -1074,14 +1135,17 @@ def test_the_clean_image_is_no_start_for_a_distance_from_it(name):
     model, images, target = problem()
     attack = PGD(0.1, 2, objective=name, random_start=False)
     expected = (
-        f"random_start: expected True with objective '{name}', unless reference or start is set, "
-        "got False"
+        f"random_start: expected True with objective '{name}', unless reference is set, or start "
+        "with restarts=1, got False"
     )
     with pytest.raises(ValueError, match=expected):
         attack(model, images, target)
     with pytest.raises(ValueError, match=expected):
         pgd(model, images, target, objective=name, random_start=False)
-    attack(model, images, target, start=images + 0.01 * (0.5 - images).sign())
+    start = images + 0.01 * (0.5 - images).sign()
+    attack(model, images, target, start=start)
+    with pytest.raises(ValueError, match=expected):
+        replace(attack, restarts=2)(model, images, target, start=start)
     attack(model, images, target, reference=RowWise(5)(images))
 
 

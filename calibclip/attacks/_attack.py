@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
@@ -31,7 +32,7 @@ from calibclip.attacks._model import (
     check_labels,
     undisturbed,
 )
-from calibclip.attacks._rows import Findings, Plan, Rule, search
+from calibclip.attacks._rows import COUNTS, Findings, Plan, Rule, search
 from calibclip.attacks.objectives import Objective, at_least_float32, resolve_objective
 from calibclip.attacks.result import (
     AttackResult,
@@ -147,7 +148,7 @@ class GradientAttack(ABC):
             reference: What the objectives "kl", "dirichlet-kl", "embedding-l2" and
                 "underconfidence" compare with, one row per image, such as a frozen model's outputs;
                 None: the attacked model's own on the clean images. A callable objective gets it as
-                a third argument.
+                a third argument, and other objectives take none.
             eps: A radius for each image, shape ``(B,)``, in place of the attack's own.
             mask: Where an image may change, bool, broadcast to the shape of the images.
             start: Where the first restart begins, shape of the images; projected if need be.
@@ -161,8 +162,8 @@ class GradientAttack(ABC):
 
         Raises:
             TypeError: An argument, or what the model returned, has the wrong type.
-            ValueError: Images outside ``bounds``, classes out of range, a wrong shape, or logits
-                that do not depend on the images.
+            ValueError: Images outside ``bounds``, classes out of range (on an accelerator that is
+                PyTorch's own error), a wrong shape, or logits that do not depend on the images.
 
         Warns:
             AttackWarning: The model seems to return probabilities, a target is predicted from the
@@ -181,7 +182,6 @@ class GradientAttack(ABC):
             result,
             targeted=self.targeted,
             looks_like_probabilities=run.attacked.saw_probabilities(),
-            stacklevel=2,
         )
         return result
 
@@ -204,12 +204,16 @@ class GradientAttack(ABC):
         target = check_labels(target, objective, len(clean), clean.device)
         # A tensor made in inference mode could not be saved for the backward pass.
         target = None if target is None else target.detach().clone()
-        radius = self.eps if eps is None else check_radii(eps, clean)
+        radius = self.eps if eps is None else check_radii(eps, clean, self.norm, self.bounds)
         feasible = FeasibleSet(clean, radius, self.norm, self.bounds, check_mask(mask, clean))
         if reference is not None:
             reference = check_reference(reference, clean)
-            if objective.reference == "none":
+            if callable(self.objective) and objective.target == "any":
                 objective = replace(objective, reference="given")
+            elif objective.reference not in ("clean", "given"):
+                expected = f"None with objective {self.objective!r}, which compares with nothing"
+                remedy = "remove it, or use 'kl', 'dirichlet-kl' or 'embedding-l2'"
+                raise ValueError(wrong("reference", expected, describe(reference), remedy))
         if start is not None:
             start = check_floating("start", start, shape="of the images")
             check_same_shape("start", start, "images", clean)
@@ -249,10 +253,11 @@ class GradientAttack(ABC):
             others = logits.scatter(1, own.view(-1, 1), -torch.inf)
             reference = others.topk(count, dim=1).indices
         elif kind == "clean" and reference is None:
-            if not self.random_start and call.start is None:
-                # There the distance from the clean outputs is smallest, and has no gradient.
+            if not self.random_start and (call.start is None or self.restarts > 1):
+                # At the clean image the distance is smallest, and has no gradient.
                 expected = (
-                    f"True with objective {self.objective!r}, unless reference or start is set"
+                    f"True with objective {self.objective!r}, unless reference is set, or start "
+                    "with restarts=1"
                 )
                 raise ValueError(wrong("random_start", expected, False))
             reference = self._clean_outputs(attacked, call, batch_size)
@@ -301,9 +306,9 @@ class GradientAttack(ABC):
                 judged.append(attacked.judge(result.images[part], rows))
         _, loss, fooled, _ = (torch.cat(fields) for fields in zip(*judged, strict=True))
         # Of a success that only full precision sees, the last step is known.
-        steps = result.steps_to_success
-        steps = steps.masked_fill(fooled & (steps < 0), self.steps).masked_fill(~fooled, -1)
-        refuted = (result.success & ~fooled).nonzero().flatten()
+        steps, refuted = result.steps_to_success, result.success & ~fooled
+        steps = steps.masked_fill(fooled & (steps < 0), self.steps).masked_fill(refuted, -1)
+        refuted = refuted.nonzero().flatten()
         passes = [attacked]
         result = replace(result, success=fooled, loss=loss, steps_to_success=steps)
         if len(refuted):
@@ -312,6 +317,8 @@ class GradientAttack(ABC):
             redone = repeated.result()
             for name in ("images", "success", "loss", "steps_to_success"):
                 getattr(result, name)[refuted] = getattr(redone, name)
+            for name in COUNTS:
+                getattr(run.findings, name)[refuted] += getattr(repeated.findings, name)
         return replace(
             result,
             **{
@@ -368,15 +375,22 @@ def check_eps(eps: object, norm: str, bounds: tuple[float, float]) -> float:
         remedy = "pass radii per image to the call: attack(model, images, target, eps=radii)"
         raise TypeError(wrong("eps", "a number", describe(eps), remedy))
     eps = check_number("eps", eps, at_least=0)
-    width = bounds[1] - bounds[0]
-    if norm == "linf" and eps > width:
-        expected = f"a number >= 0 and <= {width:g}, the width of bounds"
-        raise ValueError(wrong("eps", expected, f"{eps:g}", "8 of 255 levels are eps=8/255"))
+    if eps > _widest(norm, bounds):
+        raise ValueError(_too_wide("a number", bounds, f"{eps:g}"))
     return eps
 
 
-def check_radii(eps: object, images: Tensor) -> Tensor:
-    """Return one radius per image in float64."""
+def _widest(norm: str, bounds: tuple[float, float]) -> float:
+    return bounds[1] - bounds[0] if norm == "linf" else math.inf
+
+
+def _too_wide(expected: str, bounds: tuple[float, float], got: str) -> str:
+    expected = f"{expected} >= 0 and <= {bounds[1] - bounds[0]:g}, the width of bounds"
+    return wrong("eps", expected, got, "8 of 255 levels are eps=8/255")
+
+
+def check_radii(eps: object, images: Tensor, norm: str, bounds: tuple[float, float]) -> Tensor:
+    """Return one radius per image in float64; see `check_eps`."""
     expected = f"a floating-point tensor of shape ({len(images)},), one radius per image"
     if not isinstance(eps, Tensor) or not eps.is_floating_point():
         raise TypeError(wrong("eps", expected, describe(eps), "call eps.float()"))
@@ -384,9 +398,13 @@ def check_radii(eps: object, images: Tensor) -> Tensor:
         expected = f"one radius per image, shape ({len(images)},)"
         raise ValueError(wrong("eps", expected, describe(eps)))
     check_same_device("eps", eps, "images", images)
-    if not bool(((eps >= 0) & eps.isfinite()).all()):
-        raise ValueError(wrong("eps", "numbers >= 0", f"{float(eps.min()):g} among them"))
-    return eps.detach().double()
+    eps = eps.detach().double()
+    improper = eps[~((eps >= 0) & eps.isfinite())]
+    if len(improper):
+        raise ValueError(wrong("eps", "numbers >= 0", f"{float(improper[0]):g} among them"))
+    if len(eps) and (largest := float(eps.max())) > _widest(norm, bounds):
+        raise ValueError(_too_wide("numbers", bounds, f"{largest:g} among them"))
+    return eps
 
 
 def check_mask(mask: object, images: Tensor) -> Tensor | None:

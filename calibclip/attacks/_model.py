@@ -137,8 +137,13 @@ class AttackedModel:
         tape, self._tape = self._tape, None
         gradient = None
         if tape is not None and tape.outputs.requires_grad:
-            slope = _near_one(_slope(tape)).to(tape.outputs.dtype)
-            (gradient,) = torch.autograd.grad(tape.outputs, tape.points, slope, allow_unused=True)
+            # Each operation goes back in the dtype it went forward in; an autocast around the call
+            # would lower some.
+            with torch.autocast(tape.points.device.type, enabled=False):
+                slope = _near_one(_slope(tape)).to(tape.outputs.dtype)
+                (gradient,) = torch.autograd.grad(
+                    tape.outputs, tape.points, slope, allow_unused=True
+                )
         if gradient is None:
             raise ValueError(
                 wrong(
@@ -205,7 +210,13 @@ class AttackedModel:
             return torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
         if self.targeted and target is not None:
             return ~misclassified(logits, target)
-        return self.objective.success(logits, *self._arguments(labels))
+        success = self.objective.success(logits, *self._arguments(labels))
+        expected = f"a success of shape ({len(logits)},), bool"
+        if not isinstance(success, Tensor) or success.dtype != torch.bool:
+            raise TypeError(wrong("objective", expected, describe(success)))
+        if success.shape != logits.shape[:1]:
+            raise ValueError(wrong("objective", expected, describe(success)))
+        return success
 
     def _arguments(self, labels: Labels) -> tuple[Tensor | None, ...]:
         if self.objective.reference == "none":
@@ -264,7 +275,8 @@ def _near_one(slope: Tensor) -> Tensor:
     exponent = torch.frexp(torch.where(usable, largest, 0.5)).exponent
     # In two factors, each of which is a number even where the whole would not be.
     half = torch.div(-exponent, 2, rounding_mode="floor")
-    one = torch.ones_like(largest)
+    # Not ldexp, which up to PyTorch 2.5 computes float64 powers in float32.
+    two = torch.full_like(largest, 2.0)
     for part in (half, -exponent - half):
-        slope = slope * per_sample(torch.ldexp(one, part), slope)
+        slope = slope * per_sample(two.pow(part), slope)
     return slope

@@ -24,7 +24,7 @@ from calibclip.attacks.threat import FeasibleSet, from_host, per_sample, stream_
 _SLACK = 8
 
 # What is counted for each row, and added up for each sample.
-_COUNTS = ("zero_gradients", "nonfinite", "steps", "judged")
+COUNTS = ("zero_gradients", "nonfinite", "steps", "judged")
 
 
 class Rule(Protocol):
@@ -128,7 +128,7 @@ class Findings:
         self.success_attempt[samples] = winner.masked_fill(faster, attempt)
         known = self.steps_to_success[samples]
         self.steps_to_success[samples] = torch.where(faster, rows.first, known)
-        for name in _COUNTS:
+        for name in COUNTS:
             getattr(self, name)[samples] += getattr(rows, name)
 
 
@@ -277,7 +277,7 @@ class _Search:
             kept=kept,
             first=count - 1,
             repeating=count.bool(),
-            **{name: count.clone() for name in _COUNTS},
+            **{name: count.clone() for name in COUNTS},
             memory=self.rule.begin(feasible, points),
         )
 
@@ -342,8 +342,9 @@ class _Search:
 
     def _count_blind_steps(self, rows: _Rows, iterate: Iterate, gradient: Tensor) -> None:
         """Count the steps of each row, and those without a direction."""
-        flat = gradient.flatten(1)
-        self.attacked.count_zeros(flat)
+        self.attacked.count_zeros(gradient.flatten(1))
+        # Where an image may not change, a gradient is no direction.
+        flat = rows.feasible.movable(gradient).flatten(1)
         active = self._active(rows)
         if (rows.ages == self.plan.steps).any():
             active &= from_host(rows.ages < self.plan.steps, active)

@@ -193,13 +193,12 @@ class _Adaptive:
         if self.window[ages].any():
             memory, points, gradient = self._check(memory, points, gradient, ages)
         reached = feasible.ascend(points, gradient, memory.step_size)
-        moved = torch.where(
-            per_sample(_flags(ages == 0, points), points),
-            reached,
-            feasible.project(
-                points + _MIXING * (reached - points) + (1 - _MIXING) * (points - memory.before)
-            ),
-        )
+        # In half precision the sum would lose digits before the projection rounds the point.
+        wide = torch.promote_types(points.dtype, torch.float32)
+        now, ahead, before = (x.to(wide) for x in (points, reached, memory.before))
+        mixed = now + _MIXING * (ahead - now) + (1 - _MIXING) * (now - before)
+        begun = per_sample(_flags(ages == 0, points), points)
+        moved = torch.where(begun, reached, feasible.project(mixed))
         return moved, memory._replace(before=points)
 
     def _take_in(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
@@ -17,7 +16,7 @@ from calibclip.attacks._model import AttackedModel, Labels, undisturbed
 from calibclip.attacks.apgd import APGD
 from calibclip.attacks.objectives import at_least_float32, resolve_objective
 from calibclip.attacks.pgd import PGD
-from calibclip.attacks.result import AttackResult, AttackWarning
+from calibclip.attacks.result import AttackResult, warn
 from calibclip.attacks.square import Square
 from calibclip.attacks.threat import per_sample
 
@@ -406,12 +405,10 @@ def _as_result(found: object, images: Tensor) -> AttackResult:
 
 def _warn_if_masked(name: str, broken: int, batch: int) -> None:
     if broken > _MASKING * batch:
-        warnings.warn(
+        warn(
             f"{name} broke {broken} of {batch} samples that the attacks before it, which follow "
             "gradients, did not: the model probably masks its gradients, and its robust accuracy "
-            "is lower still; see the diagnostics of the results",
-            AttackWarning,
-            stacklevel=3,
+            "is lower still; see the diagnostics of the results"
         )
 
 

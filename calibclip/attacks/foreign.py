@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import random
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from calibclip._checks import check_choice, check_count, check_flag, check_targe
 from calibclip.attacks._attack import check_bounds, check_eps, check_images, draw_seed
 from calibclip.attacks._model import AttackedModel, Labels, undisturbed
 from calibclip.attacks.objectives import resolve_objective
-from calibclip.attacks.result import AttackResult, AttackWarning, nothing_to_attack
+from calibclip.attacks.result import AttackResult, nothing_to_attack, warn
 from calibclip.attacks.threat import NORMS, FeasibleSet, per_sample
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -158,8 +157,7 @@ class Foreign:
         if count:
             got = f"NaN or infinite entries in {count} of {len(found)}"
             remedy = "these stay clean and do not count as robust"
-            message = wrong(self.name, "finite images", got, remedy)
-            warnings.warn(message, AttackWarning, stacklevel=3)
+            warn(wrong(self.name, "finite images", got, remedy))
         return torch.where(per_sample(broken, found), clean.to(found.dtype), found)
 
 

@@ -36,8 +36,9 @@ class PGD(GradientAttack):
 
     with ``f`` the objective to maximise, ``z`` the model, ``d`` the steepest direction in the
     norm (``sign(g)`` or ``g / ||g||_2``) and ``P`` the projection on ball and box. It runs
-    ``steps`` backward and ``steps + 1`` forward passes per restart. The result is within ``eps``
-    and ``bounds`` exactly, not just up to float32 rounding.
+    ``steps`` backward and ``steps + 1`` forward passes per restart, and one more forward pass where
+    the objective looks at the clean outputs. The result is within ``eps`` and ``bounds`` exactly,
+    not just up to float32 rounding.
 
     **Which image is returned**, per sample (it decides calibration numbers on the result):
 
@@ -46,9 +47,10 @@ class PGD(GradientAttack):
       none, the iterate of highest loss.
     - ``"last"``: the last iterate, even if an earlier one was misclassified.
 
-    The start is an iterate. The clean image (the start without ``random_start``) is returned only
-    if it is the sole misclassified iterate, ``steps`` is 0, or no later iterate has a loss that is
-    a number. A success found by any restart is kept.
+    The start is an iterate. Without ``random_start`` it is the clean image, which ``"worst"``
+    returns only if it is the sole misclassified iterate, ``steps`` is 0, or no later iterate has a
+    loss that is a number; ``"first_success"`` and ``stop_when_fooled`` return it if it is
+    misclassified. A success found by any restart is kept.
 
     **Robust accuracy, fast:** ``stop_when_fooled`` ends a sample at its first success. What is
     left of the batch closes ranks, and with a ``batch_size`` waiting images take the free places.
@@ -89,7 +91,8 @@ class PGD(GradientAttack):
         precision: ``"bfloat16"`` or ``"float16"`` runs the model under autocast; the iterates
             stay as they are, and every success is confirmed without autocast, or the sample is
             attacked again. None: no autocast of its own.
-        compile: Run ``torch.compile(model)``. Batches then shrink by halves only.
+        compile: Run ``torch.compile(model)``. Batches then shrink by halves, so that
+            few sizes are compiled.
 
     Raises:
         TypeError: An option has the wrong type.

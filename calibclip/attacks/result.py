@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -20,15 +21,20 @@ class AttackWarning(UserWarning):
 class Diagnostics:
     """Signs that an attack could not see where to go.
 
+    With ``precision`` the samples attacked again count with both attacks; the two shares are of the
+    first.
+
     Attributes:
         judged: Iterates the model has judged, over all attempts, shape ``(B,)``, int64. Which
             attempts after a successful one still ran depends on the batch size.
         steps: Gradients computed, over all attempts, shape ``(B,)``, int64.
         zero_gradients: Steps at which a sample without a success had a gradient of all zeros,
-            shape ``(B,)``, int64. Such a step moves nothing.
+            shape ``(B,)``, int64. Plain PGD stays where it is then. Pixels outside a mask do not
+            count.
         nonfinite: Steps at which the loss or the gradient of a sample was NaN or infinite, shape
             ``(B,)``, int64. Entries that are not finite count as zero; the image stays feasible.
-        saturated: Share of the judged logits whose largest probability rounds to 1.
+        saturated: Share of the logits, of iterates with a gradient, whose largest probability
+            rounds to 1.
         zero_entries: Share of zeros among the entries of the gradients that are not all zero. In
             a float16 model a sign of underflow.
     """
@@ -116,8 +122,23 @@ def nothing_to_attack(images: Tensor) -> AttackResult:
     )
 
 
+def warn(message: str) -> None:
+    """Warn, naming the line that called this package.
+
+    Args:
+        message: Of the warning.
+
+    Warns:
+        AttackWarning: Always.
+    """
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("calibclip."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, AttackWarning, stacklevel=level)
+
+
 def warn_if_doubtful(
-    result: AttackResult, *, targeted: bool, looks_like_probabilities: bool, stacklevel: int
+    result: AttackResult, *, targeted: bool, looks_like_probabilities: bool
 ) -> None:
     """Warn where the figures of a result may not mean what they seem to.
 
@@ -125,15 +146,10 @@ def warn_if_doubtful(
         result: Of the attack.
         targeted: Whether it went towards the target.
         looks_like_probabilities: Whether the first outputs were in [0, 1] and added up to 1.
-        stacklevel: How far above the caller the line is that the warning shall name.
 
     Warns:
         AttackWarning: Once for each thing found.
     """
-
-    def warn(text: str) -> None:
-        warnings.warn(text, AttackWarning, stacklevel=stacklevel + 2)
-
     if looks_like_probabilities:
         warn(
             wrong(
