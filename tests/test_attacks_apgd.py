@@ -22,6 +22,7 @@ from torch import nn
 
 from calibclip.attacks import APGD
 from calibclip.attacks.apgd import checkpoints
+from calibclip.attacks.threat import add_inward
 
 NAN, INF = float("nan"), float("inf")
 
@@ -656,6 +657,31 @@ def test_defaults_are_the_public_contract():
 def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         APGD(**{"eps": 0.1, **options})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_images_are_rounded_once_a_step(dtype):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(1, 200, generator=generator).to(dtype)
+    centre = images.double() + 0.02 * torch.randn(1, 200, generator=generator)
+    visited = []
+
+    def model(points):
+        visited.append(points.detach())
+        return -((points - centre) ** 2).sum(1, keepdim=True)
+
+    attack = APGD(0.1, 10, objective=lambda logits, target: logits[:, 0])
+    attack(model, images, None, start=images)
+    start, first, second = (points.double() for points in visited[:3])
+
+    def project(points):
+        points = points.to(dtype)
+        inside = points.clamp(0, 1)
+        return add_inward(images, (inside.double() - images.double()).clamp(-0.1, 0.1)).double()
+
+    ahead = project((first - 0.2 * (first - centre).sign()).float())
+    mixed = project((first + 0.75 * (ahead - first) + 0.25 * (first - start)).float())
+    assert torch.equal(second, mixed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -3,14 +3,24 @@
 import copy
 import math
 import pickle
+import warnings
 from dataclasses import dataclass
 
 import pytest
 import torch
-from attack_models import SHAPE, RowWise, busy_model
+from attack_models import SHAPE, RowWise, assert_unchanged, busy_model, snapshot
 from attack_oracles import own_class, some_images
 
-from calibclip.attacks import APGD, PGD, AttackResult, AttackWarning, Square, WorstCase
+from calibclip.attacks import (
+    APGD,
+    PGD,
+    AttackResult,
+    AttackWarning,
+    Foreign,
+    Square,
+    WorstCase,
+    transfer_matrix,
+)
 
 # Random labels and tiny models: other tests look at these warnings.
 pytestmark = pytest.mark.filterwarnings("ignore:the attack was probably blind")
@@ -204,6 +214,21 @@ def test_presets(eps):
     assert a3 == PGD(
         eps, 100, eps, objective="margin", schedule="cosine", stop_when_fooled=True, seed=3
     )
+    other = WorstCase.reliable(
+        eps, norm="l2", steps=7, seed=5, stop_when_fooled=False
+    ).attacks.values()
+    assert list(other) == [
+        APGD(eps, 7, "l2", objective=name, seed=5) for name in ("ce", "dlr-targeted")
+    ]
+    assert [a.seed for a in WorstCase.reliable(eps, seed=5, square=True).attacks.values()] == [
+        5
+    ] * 3
+    assert [attack.seed for attack in WorstCase.paper(eps, seed=5).attacks.values()] == [5, 5]
+    assert WorstCase.train(eps, steps=10, step_size=0.3).attacks == {
+        "pgd": PGD(eps, 10, 0.3, select="last")
+    }
+    with pytest.raises(ValueError, match="square: expected False with norm='l2', got True"):
+        WorstCase.reliable(eps, norm="l2", square=True)
     for worst in (paper, reliable):
         assert pickle.loads(pickle.dumps(worst)) == worst
         assert str(100) in repr(worst)
@@ -260,9 +285,15 @@ def test_bad_attacks(attacks, error, message):
         (
             None,
             TypeError,
-            r"attack: expected an AttackResult, or images of shape \(2, 2, 3, 3\), g",
+            r"attack: expected images of shape \(2, 2, 3, 3\), or a result .*, got NoneType",
         ),
         (torch.zeros(1, *SHAPE), ValueError, r"attack: .*, got float32 tensor of shape \(1, 2, 3"),
+        (torch.zeros(2, *SHAPE).byte(), TypeError, r"attack: .*, got uint8 tensor of shape"),
+        (
+            torch.full((2, *SHAPE), torch.inf),
+            ValueError,
+            "attack: expected finite images, got NaN or infinity among them; Foreign",
+        ),
     ],
 )
 def test_attacks_that_return_something_else(found, error, message):
@@ -280,3 +311,132 @@ def test_bad_targets():
         worst(brightness, grey(0.4), torch.tensor([0.0]))
     with pytest.raises(ValueError, match="batch_size: expected an integer >= 1, got 0"):
         worst(brightness, grey(0.4), torch.tensor([0]), batch_size=0)
+    with pytest.raises(TypeError, match="progress: expected True or False, got int 1"):
+        worst(brightness, grey(0.4), torch.tensor([0]), progress=1)
+    with pytest.raises(
+        TypeError, match=r"generator: expected a torch\.Generator or None, got int 3"
+    ):
+        worst(brightness, grey(0.4), torch.tensor([0]), generator=3)
+    with pytest.raises(TypeError, match="model: expected a callable from images to logits"):
+        worst(None, grey(0.4)[:0], torch.tensor([0])[:0])
+
+
+def test_no_attack_is_lost_to_its_name():
+    names = list(
+        WorstCase([Foreign(Shift(k / 10), 0.4, name="my attack") for k in range(4)]).attacks
+    )
+    assert names == ["my attack", "my attack 2", "my attack 3", "my attack 4"]
+    mixed = [Foreign(Shift(0.1), 0.1, name="pgd 2"), PGD(0.1), PGD(0.2), PGD(0.3)]
+    assert list(WorstCase(mixed).attacks) == ["pgd 2", "pgd", "pgd 3", "pgd 4"]
+
+
+def test_the_generator_reaches_every_attack():
+    model, images = RowWise(2), some_images(9, seed=2)
+    target = own_class(model, images)
+
+    def noise(model, images, target):
+        return images + 0.02 * torch.randn_like(images)
+
+    attacks = [PGD(0.02, 2), Square(0.02, queries=9), Foreign(noise, 0.02)]
+    for attack in attacks:
+        found = {}
+        for seed, size in ((0, None), (0, 4), (1, None)):
+            generator = torch.Generator().manual_seed(seed)
+            before = generator.get_state()
+            found[seed, size] = WorstCase([attack])(
+                model, images, target, batch_size=size, generator=generator
+            ).images
+            assert not torch.equal(generator.get_state(), before)
+        assert not torch.equal(found[0, None], found[1, None])
+        if not isinstance(attack, Foreign):
+            assert torch.equal(found[0, None], found[0, 4])
+
+
+def test_clean_images_on_which_the_model_breaks_down_are_not_right():
+    result = WorstCase([Shift(0.2)])(
+        lambda images: brightness(images) * torch.nan, grey(0.4, 0.7), torch.tensor([0, 1])
+    )
+    assert result.clean_accuracy == result.robust_accuracy == 0.0
+    assert result.broken_by.tolist() == [-2, -2]
+
+
+def test_attacks_towards_the_target_are_refused():
+    for attack in (PGD(0.1, targeted=True), Square(0.1, targeted=True)):
+        with pytest.raises(ValueError, match="attacks: expected none with targeted=True, got"):
+            WorstCase({"fine": PGD(0.1), "not": attack})
+
+
+@pytest.mark.parametrize(
+    "weaker", [PGD(1e-4, 3), PGD(0.3, 0, random_start=False), APGD(3.0, 2, "l2")]
+)
+def test_square_proves_nothing_beside_a_smaller_ball(weaker):
+    result = WorstCase([weaker, Square(0.3, queries=50)], individual=True)(
+        brightness,
+        grey(0.35, 0.4),
+        torch.tensor([0, 0]),
+    )
+    assert int((result.broken_by == 1).sum()) == (0 if weaker.norm == "l2" else 2)
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_masking_is_suspected_from_two_of_a_thousand(broken):
+    count = 1000 // 2
+    images = grey(*[0.2] * (count - broken), *[0.45] * broken)
+
+    def masked(images):
+        return brightness(images.detach()) + 0 * images.flatten(1)[:, :2]
+
+    worst = WorstCase([PGD(0.1, 1, random_start=False), Square(0.1, queries=40)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = worst(masked, images, torch.zeros(count).long())
+    assert int(result.success.sum()) == broken
+    assert sum("masks its gradients" in str(warning.message) for warning in caught) == (broken == 2)
+
+
+def test_judgement_is_in_full_precision_under_autocast_too():
+    weight = torch.tensor([[1.0, 1.0], [1.0001, 1.0001]])
+
+    def model(images):
+        return torch.nn.functional.linear(images, weight)
+
+    images, target = torch.full((1, 2), 0.5), torch.tensor([1])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(images).argmax(1) == 0
+        result = WorstCase([Shift(0.0)])(model, images, target)
+        foreign = Foreign(Shift(0.0), 0.1)(model, images, target)
+        matrix = transfer_matrix({"m": model}, Shift(0.0), images, target)
+    assert result.clean_accuracy == result.robust_accuracy == matrix.clean == matrix.accuracy == 1
+    assert not foreign.success.any()
+
+
+def test_what_is_reported_of_a_bare_callable():
+    images, target = grey(0.4, 0.3, 0.1), torch.tensor([0, 0, 0])
+    result = WorstCase([Shift(0.15)])(brightness, images, target)
+    found = result.results["shift"]
+    assert found.success.tolist() == [True, False, False]
+    assert found.loss.tolist() == pytest.approx([0.1, -0.1, -0.5])
+    counted = WorstCase([Shift(0.15, True)])(brightness, images, target, batch_size=1)
+    assert (counted.n_forward, counted.n_backward) == (9, 6)
+
+
+def test_a_bare_callable_borrows_the_model_too():
+    model = busy_model()
+    images = some_images(3, dtype=torch.float32)
+    target = own_class(copy.deepcopy(model).eval(), images)
+
+    def fgsm(model, images, target):
+        images.requires_grad_()
+        torch.nn.functional.cross_entropy(model(images), target).backward()
+        return (images + 0.1 * images.grad.sign()).double()
+
+    before = snapshot(model)
+    for use in (
+        lambda: WorstCase([fgsm])(model, images, target),
+        lambda: transfer_matrix({"m": model}, fgsm, images, target),
+    ):
+        with torch.no_grad():
+            found = use().images
+        assert_unchanged(model, before)
+        found = found if isinstance(found, torch.Tensor) else found["m"]
+        assert found.dtype == torch.float32

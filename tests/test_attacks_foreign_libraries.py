@@ -118,6 +118,25 @@ def test_wrong_attacks_of_the_libraries():
         from_torchattacks("PGD", 0.1)
     with pytest.raises(ValueError, match=r"^norm: expected 'l2' for PGDL2, got 'linf'"):
         from_torchattacks(torchattacks.PGDL2, 0.1)
+    for cls, norm in (
+        (torchattacks.FGSM, "l2"),
+        (torchattacks.PGD, "l2"),
+        (torchattacks.CW, "linf"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"^norm: expected '.*' for {cls.__name__}, got '{norm}'"
+        ):
+            from_torchattacks(cls, 0.1, norm)
+    with pytest.raises(
+        TypeError, match=r"^cls: expected a class of torchattacks, got PGD; pass the"
+    ):
+        from_torchattacks(torchattacks.PGD(busy_model()), 0.1)
+    with pytest.raises(TypeError, match=r"^options: expected those of PGD, got .*'stepz'"):
+        from_torchattacks(torchattacks.PGD, 0.1, stepz=3)
+    with pytest.raises(
+        TypeError, match=r"^attack: expected an attack of foolbox, .*; pass an inst"
+    ):
+        from_foolbox(foolbox.attacks.LinfPGD, 0.1)
     with pytest.raises(ValueError, match=r"^norm: expected one of 'linf', 'l2', got 'Linf'"):
         from_torchattacks(torchattacks.PGD, 0.1, "Linf")
     with pytest.raises(TypeError, match=r"^attack: expected an attack of foolbox, got str"):

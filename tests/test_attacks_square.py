@@ -38,14 +38,16 @@ def test_every_query_is_in_ball_and_box(dtype, eps):
         visited.append(points)
         return core(points)
 
-    result = Square(eps, queries=40)(model, clean, core(clean).argmax(1))
+    # No lead is above 0, so that no row leaves and the rows of a query are those of the images.
+    target = core(clean).argmax(1)
+    far = torch.nn.functional.one_hot(target, 4) * 1e3
+    result = Square(eps, queries=40)(lambda points: model(points) + far, clean, target)
+    assert len(visited) == 40
     for points in (*visited, result.images):
         assert points.dtype == dtype
-        assert points.shape[1:] == SHAPE
+        assert points.shape == clean.shape
         assert points.min() >= 0
         assert points.max() <= 1
-    # Rows leave, so only the first query and the result are known to be in order.
-    for points in (visited[0], result.images):
         assert (points.double() - clean.double()).abs().max() <= eps
 
 
@@ -62,8 +64,8 @@ def plain_square(model, image, label, attack):
         (logits,) = model(points[None]).tolist()
         return max(z for k, z in enumerate(logits) if k != label) - logits[label]
 
-    high = (image + attack.eps).clamp(max=1)
-    low = (image - attack.eps).clamp(min=0)
+    high = (image + attack.eps).clamp(max=attack.bounds[1])
+    low = (image - attack.eps).clamp(min=attack.bounds[0])
     stripes = draws(0, channels, 1, width)
     best = torch.where(stripes < 0.5, high, low)
     most, found = lead(best), 0
@@ -107,10 +109,34 @@ def test_against_a_plain_loop(plateaus):
     assert 300 < result.forward_images < 6 * 300
 
 
+@pytest.mark.parametrize("options", [{"p_init": 0.1}, {"bounds": (-0.5, 1.25)}])
+def test_options_against_a_plain_loop(options):
+    core, images = RowWise(1, shape=SHAPE), images_of(4, 4)
+    target = core(images).argmax(1)
+    results = []
+    for attack in (Square(0.04, queries=60), Square(0.04, queries=60, **options)):
+        results.append(attack(core, images, target))
+        for i in range(4):
+            best, _, found = plain_square(core, images[i], int(target[i]), attack)
+            assert torch.allclose(results[-1].images[i], best, rtol=0, atol=1e-12)
+            assert int(results[-1].steps_to_success[i]) == found
+    assert not torch.equal(results[0].images, results[1].images)
+
+
+def test_a_generator_gives_fresh_streams():
+    core, images = RowWise(1, shape=SHAPE), images_of(4, 4)
+    target, attack = core(images).argmax(1), Square(0.04, queries=9)
+    generator = torch.Generator().manual_seed(0)
+    first, second = (attack(core, images, target, generator=generator).images for _ in range(2))
+    assert not torch.equal(first, second)
+    again = attack(core, images, target, generator=generator.manual_seed(0)).images
+    assert torch.equal(first, again)
+
+
 def test_linear_optimum_is_approached():
     # The largest lead is eps times the dual norm away; patches of one pixel can take it all.
     model, weight = linear()
-    images = 0.3 + 0.4 * torch.rand(4, *SHAPE, dtype=torch.float64)
+    images = 0.3 + 0.4 * images_of(4)
     target = torch.ones(4).long()
     eps, far = 0.1, 1e9  # nothing succeeds, so that the search goes on
 
@@ -237,6 +263,8 @@ def test_empty_batch():
     result = Square(0.1)(uncalled, torch.zeros(0, *SHAPE), torch.zeros(0).long())
     assert result.images.shape == (0, *SHAPE)
     assert result.n_forward == 0
+    with pytest.raises(TypeError, match="model: expected a callable from images to logits"):
+        Square(0.1)(None, torch.zeros(0, *SHAPE), torch.zeros(0).long())
 
 
 def uncalled(points):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from calibclip.attacks import PGD
+from calibclip.attacks import PGD, WorstCase
 from calibclip.attacks.result import AttackResult
 from calibclip.attacks.transfer import TransferMatrix, transfer_matrix
 
@@ -119,6 +119,18 @@ def test_results_tensors_and_plain_functions():
     assert not first.images["f"].requires_grad
 
 
+def test_a_worst_case_and_a_model_that_breaks_down():
+    models, target = three_models()
+    images = some_images()
+    worst = WorstCase([PGD(0.2, 3)])
+    matrix = transfer_matrix(models, worst, images, target)
+    for source, model in models.items():
+        assert torch.equal(matrix.images[source], worst(model, images, target).images)
+    broken = transfer_matrix({"nan": lambda x: x.flatten(1)[:, :4] * torch.nan}, lambda m, x, y: x,
+                             images, target)  # fmt: skip
+    assert broken.clean == broken.accuracy == 0
+
+
 def test_an_attack_that_writes_into_its_arguments():
     models, target = three_models()
 
@@ -164,7 +176,8 @@ def test_the_table():
         ({"target": torch.zeros(3).long()}, ValueError, r"^target: .* of shape \(11,\)"),
         ({"target": torch.full((11,), 4)}, ValueError, r"^target: .* in \[0, 3\], got 4"),
         ({"batch_size": 0}, ValueError, r"^batch_size: expected an integer >= 1"),
-        ({"attack": lambda *call: None}, TypeError, r"^attack: expected an AttackResult or images"),
+        ({"attack": lambda *call: None}, TypeError, r"^attack: expected images .* got NoneType"),
+        ({"attack": lambda m, x, y: x / 0}, ValueError, r"^attack: expected finite images"),
         ({"attack": lambda m, x, y: x[:3]}, ValueError, r"^attack: .*, got float64 tensor"),
         ({"models": {"a": lambda x: (x, x)}}, TypeError, r"^model: expected logits"),
     ],

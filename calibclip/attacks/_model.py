@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from calibclip.attacks.objectives import (
     at_least_float32,
     check_multilabel,
     misclassified,
+    resolve_objective,
 )
 from calibclip.attacks.threat import per_sample
 
@@ -38,6 +40,21 @@ def undisturbed(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
             stack.enter_context(evaluation_mode(model))
             stack.enter_context(frozen(model))
         yield
+
+
+@contextmanager
+def borrowed(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """`undisturbed`, for attacks of others: they may also write to the ``.grad`` of parameters."""
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    gradients = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        with undisturbed(model):
+            yield
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
 
 
 class Iterate(NamedTuple):
@@ -126,6 +143,23 @@ class AttackedModel:
         broken = loss.isnan()
         fooled = self._fooled(logits, labels) & ~broken
         return Iterate(points.detach(), loss, fooled, loss.masked_fill(broken, -torch.inf))
+
+    def verdict(
+        self, points: Tensor, target: Tensor, batch_size: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return loss and success of points, in full precision; a loss of NaN stays NaN."""
+        if len(points) == 0:
+            return at_least_float32(points.new_empty(0)), target.bool()
+        size = batch_size or len(points)
+        pairs = zip(points.split(size), target.split(size), strict=True)
+        with (
+            undisturbed(self.model),
+            torch.no_grad(),
+            torch.autocast(points.device.type, enabled=False),
+        ):
+            judged = [self.judge(part, Labels(labels, None)) for part, labels in pairs]
+        losses, fooled = ([getattr(each, name) for each in judged] for name in ("loss", "fooled"))
+        return torch.cat(losses), torch.cat(fooled)
 
     def gradient(self) -> Tensor:
         """Differentiate the objective at the points judged last, each sample on its own.
@@ -229,6 +263,14 @@ class AttackedModel:
         if self.precision == FULL:
             return torch.autocast(device.type, enabled=False)
         return torch.autocast(device.type, PRECISIONS[self.precision])
+
+
+def attacked_by_margin(
+    model: Callable[[Tensor], Tensor], target: Tensor, *, targeted: bool = False
+) -> AttackedModel:
+    """Return the model under an attack whose loss is the lead of the best wrong class."""
+    check_classes = partial(check_target, target, len(target), device=target.device)
+    return AttackedModel(model, resolve_objective("margin"), check_classes, targeted=targeted)
 
 
 def is_class_target(target: object, batch: int) -> bool:

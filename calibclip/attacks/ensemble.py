@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from calibclip._checks import check_count, check_flag, check_target, describe, wrong
-from calibclip.attacks._attack import GradientAttack, check_images
-from calibclip.attacks._model import AttackedModel, Labels, undisturbed
+from calibclip.attacks._arguments import check_found, check_generator, check_images, draw_seed
+from calibclip.attacks._attack import GradientAttack
+from calibclip.attacks._model import attacked_by_margin, borrowed
 from calibclip.attacks.apgd import APGD
-from calibclip.attacks.objectives import at_least_float32, resolve_objective
+from calibclip.attacks.foreign import Foreign
 from calibclip.attacks.pgd import PGD
 from calibclip.attacks.result import AttackResult, warn
 from calibclip.attacks.square import Square
 from calibclip.attacks.threat import per_sample
 
 Attack = Callable[..., Any]
+_OWN = (GradientAttack, Square, Foreign)
 
 # Share of samples that only Square breaks from which AutoAttack suspects masked gradients.
 _MASKING = 0.002
@@ -43,7 +45,8 @@ class WorstCaseResult:
         accuracy: Share of samples right after each attack alone; None unless all attacks ran on
             all samples (``individual``).
         results: What each attack returned for the samples it ran on, in their order; None for
-            one that had nothing left to attack.
+            one that had nothing left to attack. Of another's attack, ``success`` and ``loss`` are
+            this judgement and the margin, and passes count only if it returned a result.
     """
 
     names: tuple[str, ...]
@@ -105,7 +108,7 @@ class WorstCase:
 
     Raises:
         TypeError: ``attacks`` is no mapping or sequence of callables.
-        ValueError: There are none.
+        ValueError: There are none, or one has ``targeted=True``.
 
     Example:
         >>> weight = torch.eye(3).repeat(2, 1)
@@ -129,15 +132,14 @@ class WorstCase:
         check_flag("individual", self.individual)
 
     @classmethod
-    def paper(cls, eps: float, *, norm: str = "linf", seed: int = 0) -> WorstCase:
+    def paper(cls, eps: float, *, seed: int = 0) -> WorstCase:
         """PGD-100 as the CLIP papers run it, its last and its worst iterate.
 
         Step 1/255 and a uniform start. The papers report the last iterate; the accuracy under the
         worst is the lower bound of what that same run found.
 
         Args:
-            eps: Radius of the ball; the papers' are 1/255, 2/255 and 4/255.
-            norm: ``"linf"`` or ``"l2"``.
+            eps: Radius of the L-infinity ball; the papers' are 1/255, 2/255 and 4/255.
             seed: Of the starts.
 
         Returns:
@@ -147,8 +149,8 @@ class WorstCase:
             >>> list(WorstCase.paper(eps=1 / 255).attacks)
             ['pgd-last', 'pgd-worst']
         """
-        last = PGD(eps, 100, 1 / 255, norm, select="last", seed=seed)
-        worst = PGD(eps, 100, 1 / 255, norm, stop_when_fooled=True, seed=seed)
+        last = PGD(eps, 100, 1 / 255, select="last", seed=seed)
+        worst = PGD(eps, 100, 1 / 255, stop_when_fooled=True, seed=seed)
         return cls({"pgd-last": last, "pgd-worst": worst})
 
     @classmethod
@@ -169,8 +171,8 @@ class WorstCase:
             norm: ``"linf"`` or ``"l2"``.
             steps: Of each run; AutoAttack's are 100.
             seed: Of the starts.
-            square: Add `Square`, which needs no gradient. If it breaks what the others could not,
-                the gradients are probably masked, and the result warns.
+            square: Add `Square`, which needs no gradient and is for "linf" only. If it breaks what
+                the others could not, the gradients are probably masked, and the result warns.
             stop_when_fooled: End a sample at its first success. Right for accuracy. Calibration
                 on images just across the boundary is another thing than on the worst ones: turn it
                 off for those.
@@ -178,10 +180,16 @@ class WorstCase:
         Returns:
             The attacks ``"apgd-ce"`` and ``"apgd-t"``, and ``"square"`` if asked for.
 
+        Raises:
+            ValueError: An option is out of range, or ``square`` with ``norm="l2"``.
+
         Example:
             >>> list(WorstCase.reliable(eps=1 / 255, square=True).attacks)
             ['apgd-ce', 'apgd-t', 'square']
         """
+        check_flag("square", square)
+        if square and norm != "linf":
+            raise ValueError(wrong("square", f"False with norm={norm!r}", square))
         options: dict[str, Any] = {"seed": seed, "stop_when_fooled": stop_when_fooled}
         attacks: dict[str, Attack] = {
             "apgd-ce": APGD(eps, steps, norm, "ce", **options),
@@ -224,16 +232,13 @@ class WorstCase:
         return cls({"caa-linf": caa, "a3": a3})
 
     @classmethod
-    def train(
-        cls, eps: float, *, steps: int = 2, step_size: float | None = 1 / 255, norm: str = "linf"
-    ) -> WorstCase:
+    def train(cls, eps: float, *, steps: int = 2, step_size: float = 1 / 255) -> WorstCase:
         """The attack of adversarial fine-tuning, to follow robust accuracy during training.
 
         Args:
-            eps: Radius of the ball.
+            eps: Radius of the L-infinity ball.
             steps: 2 in TeCoA and its successors, 10 in FARE.
             step_size: Length of a step.
-            norm: ``"linf"`` or ``"l2"``.
 
         Returns:
             The attack ``"pgd"``, which returns the last iterate.
@@ -242,7 +247,7 @@ class WorstCase:
             >>> list(WorstCase.train(eps=1 / 255).attacks)
             ['pgd']
         """
-        return cls({"pgd": PGD(eps, steps, step_size, norm, select="last")})
+        return cls({"pgd": PGD(eps, steps, step_size, select="last")})
 
     def __call__(
         self,
@@ -260,44 +265,51 @@ class WorstCase:
             model: Callable from images to logits ``(B, K)``.
             images: Clean images, shape ``(B, ...)``, floating. Not modified.
             target: True classes, shape ``(B,)``, int64.
-            batch_size: Images in one pass; None: as many as there are. Attacks of this package
-                fill the places of samples that are done; a foreign attack runs batch by batch.
+            batch_size: Images in one pass; None: as many as there are. `PGD` and `APGD` fill the
+                places of samples that are done; other attacks run batch by batch.
             generator: Source of the attacks' seeds, in place of their own.
-            progress: Show a bar for each attack of this package (needs tqdm).
+            progress: Show a bar for each `PGD` and `APGD` (needs tqdm).
 
         Returns:
             Robust accuracy, what broke which sample, and the images.
 
         Raises:
-            TypeError: An argument has the wrong type.
-            ValueError: A shape is wrong, or classes are out of range.
+            TypeError: An argument, or what an attack returned, has the wrong type.
+            ValueError: A shape is wrong, classes are out of range, or an attack's images are not
+                finite. Whether the images of a bare callable are in a ball is not checked.
 
         Warns:
-            AttackWarning: Of the attacks, or Square broke samples that the attacks before it, with
-                gradients, did not.
+            AttackWarning: Of the attacks, or `Square` broke samples that attacks with gradients, in
+                no smaller a ball, did not.
         """
         clean = check_images(images, None)
         target = check_target(target, len(clean), None, clean.device).clone()
         if batch_size is None:
             batch_size = max(len(clean), 1)
         batch_size = check_count("batch_size", batch_size, at_least=1)
+        check_generator(generator)
+        check_flag("progress", progress)
         options = {"batch_size": batch_size, "generator": generator, "progress": progress}
-        tally = _Tally(clean, *_judge(model, clean, target, batch_size))
+        judge = attacked_by_margin(model, target)
+        tally = _Tally(clean, *judge.verdict(clean, target, batch_size))
         results: dict[str, AttackResult | None] = {}
-        with_gradients = False
+        before: list[Attack] = []
         for index, (name, attack) in enumerate(_named(self.attacks).items()):
             chosen = tally.right if self.individual else ~tally.wrong
             chosen = chosen.nonzero().flatten()
             results[name] = None
             if len(chosen):
-                result = _run(attack, model, clean[chosen], target[chosen], options)
-                judged = _judge(model, result.images, target[chosen], batch_size)
-                broken = tally.take_in(index, chosen, result.images, *judged)
-                results[name] = result
-                if isinstance(attack, Square) and with_gradients:
+                labels = target[chosen]
+                result = _run(attack, model, clean[chosen], labels, options)
+                lead, fooled = judge.verdict(result.images, labels, batch_size)
+                broken = tally.take_in(index, chosen, result.images, lead, fooled)
+                if isinstance(attack, Square) and any(_could_do(other, attack) for other in before):
                     _warn_if_masked(name, int(broken.sum()), len(clean))
+                if not isinstance(attack, _OWN):
+                    result = replace(result, success=fooled, loss=lead)
+                results[name] = result
             tally.close(name)
-            with_gradients |= isinstance(attack, GradientAttack)
+            before.append(attack)
         return WorstCaseResult(
             names=tuple(results),
             images=tally.images,
@@ -315,6 +327,8 @@ class _Tally:
     """What is known of each sample; grows with every attack."""
 
     def __init__(self, clean: Tensor, lead: Tensor, wrong: Tensor) -> None:
+        # A model that breaks down on a clean image is not right about it.
+        wrong = wrong | lead.isnan()
         self.right, self.wrong, self.images = ~wrong, wrong, clean.clone()
         # The clean image of a sample that is attacked ranks below any attacked one.
         self.lead = torch.where(wrong, lead, -torch.inf)
@@ -329,6 +343,7 @@ class _Tally:
         """Take in the images of an attack on the chosen samples; return what it newly broke."""
         standing = ~self.wrong[chosen]
         broken = fooled & standing
+        # Not so where it breaks down on an attacked one: NaN is no success, and ranks last.
         better = broken | (standing & (lead > self.lead[chosen]))
         wide = per_sample(better, images)
         self.images[chosen] = torch.where(wide, images, self.images[chosen])
@@ -343,27 +358,6 @@ class _Tally:
         self.accuracy[name] = _share(~self._fooled)
 
 
-def _judge(
-    model: Callable[[Tensor], Tensor], images: Tensor, target: Tensor, batch_size: int
-) -> tuple[Tensor, Tensor]:
-    """Return the lead of the best wrong class and whether the prediction is wrong, per sample."""
-    if len(images) == 0:
-        return at_least_float32(images.new_empty(0)), target.bool()
-    device, leads, wrongs = images.device.type, [], []
-    with undisturbed(model), torch.no_grad(), torch.autocast(device, enabled=False):
-        judge = AttackedModel(model, resolve_objective("margin"), partial(_check_classes, target))
-        for part, labels in zip(images.split(batch_size), target.split(batch_size), strict=True):
-            iterate = judge.judge(part, Labels(labels, None))
-            # A model that breaks down is no adversarial example: NaN is no success.
-            leads.append(iterate.rank)
-            wrongs.append(iterate.fooled)
-    return torch.cat(leads), torch.cat(wrongs)
-
-
-def _check_classes(target: Tensor, n_classes: int) -> None:
-    check_target(target, len(target), n_classes, target.device)
-
-
 def _run(
     attack: Attack,
     model: Callable[[Tensor], Tensor],
@@ -374,11 +368,15 @@ def _run(
     """Run an attack of this package at once, any other batch by batch."""
     if isinstance(attack, GradientAttack):
         return attack(model, images, target, **options)
+    if isinstance(attack, (Square, Foreign)):
+        # One draw for all batches, so that Square's images do not depend on their size.
+        attack = replace(attack, seed=draw_seed(options["generator"], attack.seed))
     size = options["batch_size"]
-    parts = [
-        _as_result(attack(model, *part), part[0])
-        for part in zip(images.split(size), target.split(size), strict=True)
-    ]
+    with borrowed(model):
+        parts = [
+            _as_result(attack(model, *part), part[0])
+            for part in zip(images.split(size), target.split(size), strict=True)
+        ]
     joined = {
         name: torch.cat([getattr(part, name) for part in parts])
         for name in ("images", "success", "loss", "steps_to_success")
@@ -392,15 +390,21 @@ def _run(
 
 def _as_result(found: object, images: Tensor) -> AttackResult:
     """Return what an attack returned as a result, after a check of the images."""
-    expected = f"an AttackResult, or images of shape {tuple(images.shape)}"
-    if isinstance(found, Tensor):
-        unknown = torch.zeros(len(found), device=found.device)
-        found = AttackResult(found.detach(), unknown.bool(), unknown, unknown.long() - 1, 0, 0)
-    if not isinstance(found, AttackResult):
-        raise TypeError(wrong("attack", expected, describe(found)))
-    if found.images.shape != images.shape:
-        raise ValueError(wrong("attack", expected, describe(found.images)))
-    return found
+    checked = check_found(found, images).to(images.dtype)
+    if isinstance(found, AttackResult):
+        return replace(found, images=checked)
+    unknown = torch.zeros(len(images), device=images.device)
+    return AttackResult(checked, unknown.bool(), unknown, unknown.long() - 1, 0, 0)
+
+
+def _could_do(attack: Attack, square: Square) -> bool:
+    """Whether an attack with gradients had the chance to break what Square breaks."""
+    return (
+        isinstance(attack, GradientAttack)
+        and attack.norm == square.norm
+        and attack.eps >= square.eps
+        and attack.steps > 0
+    )
 
 
 def _warn_if_masked(name: str, broken: int, batch: int) -> None:
@@ -421,13 +425,17 @@ def _named(attacks: object) -> dict[str, Attack]:
         named = {}
         for attack in attacks:
             name = str(getattr(attack, "name", None) or type(attack).__name__).lower()
-            count = sum(other.split(" ")[0] == name for other in named)
-            named[name if count == 0 else f"{name} {count + 1}"] = attack
+            numbered = (f"{name} {count}" for count in itertools.count(2))
+            names = itertools.chain([name], numbered)
+            named[next(free for free in names if free not in named)] = attack
     else:
         raise TypeError(wrong("attacks", expected, describe(attacks)))
     for name, attack in named.items():
         if not isinstance(name, str) or not callable(attack):
             raise TypeError(wrong("attacks", expected, describe(attack)))
+        if getattr(attack, "targeted", False):
+            remedy = "the worst case is over attacks away from the true class"
+            raise ValueError(wrong("attacks", "none with targeted=True", name, remedy))
     if not named:
         raise ValueError(wrong("attacks", "at least one attack", "none"))
     return named

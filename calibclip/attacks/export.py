@@ -8,12 +8,11 @@ from torch import Tensor
 from calibclip._checks import (
     check_choice,
     check_floating,
-    check_number,
     check_same_shape,
     describe,
     wrong,
 )
-from calibclip.attacks._attack import check_radii
+from calibclip.attacks._arguments import check_eps, check_radii
 from calibclip.attacks.threat import NORMS, per_sample
 
 _WHITE = 255
@@ -71,7 +70,7 @@ def to_uint8(images_adv: Tensor, images: Tensor, eps: float | Tensor, norm: str 
     images = _check_pixels("images", images)
     check_same_shape("images_adv", images_adv, "images", images)
     check_choice("norm", norm, NORMS)
-    radius, rounding = _check_radius(eps, images)
+    radius, rounding = _check_radius(eps, images, norm)
     pixels, on_level = _clean_levels(images)
     wanted = _WHITE * images_adv.double()
     round_into = _round_into_box if norm == "linf" else _round_into_ball
@@ -89,14 +88,14 @@ def _check_pixels(argument: str, images: object) -> Tensor:
     return images
 
 
-def _check_radius(eps: float | Tensor, images: Tensor) -> tuple[Tensor, float]:
+def _check_radius(eps: float | Tensor, images: Tensor, norm: str) -> tuple[Tensor, float]:
     """Return the radius in levels, float64 ``(B, 1, ...)``, and its relative rounding error."""
     rounding = torch.finfo(torch.float32).eps
     if isinstance(eps, Tensor):
-        radius = check_radii(eps, images)
+        radius = check_radii(eps, images, norm, (0.0, 1.0))
         rounding = max(rounding, torch.finfo(eps.dtype).eps)
     else:
-        radius = torch.tensor(check_number("eps", eps, at_least=0), dtype=torch.float64)
+        radius = torch.tensor(check_eps(eps, norm, (0.0, 1.0)), dtype=torch.float64)
     radius = radius.to(images.device).expand(len(images))
     return _WHITE * per_sample(radius, images), rounding
 

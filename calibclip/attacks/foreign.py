@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from calibclip._checks import check_choice, check_count, check_flag, check_target, describe, wrong
-from calibclip.attacks._attack import check_bounds, check_eps, check_images, draw_seed
-from calibclip.attacks._model import AttackedModel, Labels, undisturbed
-from calibclip.attacks.objectives import resolve_objective
+from calibclip.attacks._arguments import (
+    check_bounds,
+    check_eps,
+    check_found,
+    check_images,
+    draw_seed,
+)
+from calibclip.attacks._model import AttackedModel, attacked_by_margin, borrowed
 from calibclip.attacks.result import AttackResult, nothing_to_attack, warn
 from calibclip.attacks.threat import NORMS, FeasibleSet, per_sample
 
@@ -126,23 +130,17 @@ class Foreign:
         target = check_target(target, len(clean), None, clean.device).clone()
         seed = draw_seed(generator, self.seed)
         feasible = FeasibleSet(clean, self.eps, self.norm, self.bounds)
-        attacked = AttackedModel(
-            model,
-            resolve_objective("margin"),
-            partial(check_target, target, len(clean), device=clean.device),
-            targeted=self.targeted,
-        )
+        attacked = attacked_by_margin(model, target, targeted=self.targeted)
         if len(clean) == 0:
             return nothing_to_attack(clean)
-        with undisturbed(model), _gradients_put_away(model), _own_random_state(seed):
+        with borrowed(model), _own_random_state(seed):
             found = self.attack(_Box(attacked, clean), clean.clone(), target.clone())
-        found = self._finite(_check_found(found, clean), clean)
-        with undisturbed(model), torch.no_grad():
-            judged = attacked.judge(feasible.project(found), Labels(target, None))
+        found = feasible.project(self._finite(check_found(found, clean, finite=False), clean))
+        loss, fooled = attacked.verdict(found, target)
         return AttackResult(
-            images=judged.images,
-            success=judged.fooled,
-            loss=judged.loss,
+            images=found,
+            success=fooled,
+            loss=loss,
             steps_to_success=torch.full_like(target, -1),
             n_forward=attacked.n_forward,
             n_backward=attacked.n_backward,
@@ -185,7 +183,7 @@ def from_torchattacks(
         The attack.
 
     Raises:
-        TypeError: ``cls`` is not callable.
+        TypeError: ``cls`` is not a class, or its constructor takes no such option.
         ValueError: ``norm`` is not that of the class.
 
     Example:
@@ -197,14 +195,25 @@ def from_torchattacks(
     References:
         https://github.com/Harry24k/adversarial-attacks-pytorch
     """
-    if not callable(cls):
-        raise TypeError(wrong("cls", "a class of torchattacks", describe(cls)))
+    if not inspect.isclass(cls):
+        remedy = "pass the class itself: it is built anew for each model"
+        raise TypeError(wrong("cls", "a class of torchattacks", type(cls).__name__, remedy))
     check_choice("norm", norm, NORMS)
-    name = getattr(cls, "__name__", type(cls).__name__)
-    if "L2" in name and norm != "l2":
-        raise ValueError(wrong("norm", f"'l2' for {name}", repr(norm)))
-    attack = _TorchAttack(cls, eps, norm, targeted, tuple(sorted(options.items())))
-    return Foreign(attack, eps, norm, name=f"torchattacks.{name}", targeted=targeted)
+    taken = inspect.signature(cls).parameters
+    if "norm" not in taken:
+        # The library does not tell: what is no L2 attack by its name is bounded pixel by pixel.
+        l2 = "L2" in cls.__name__ or cls.__name__ in ("CW", "DeepFool")
+        if (norm == "l2") != l2:
+            expected = f"{'l2' if l2 else 'linf'!r} for {cls.__name__}"
+            raise ValueError(wrong("norm", expected, repr(norm)))
+    known = {"eps": eps, "norm": {"linf": "Linf", "l2": "L2"}[norm]}
+    options = {**{name: value for name, value in known.items() if name in taken}, **options}
+    try:
+        inspect.signature(cls).bind(None, **options)
+    except TypeError as error:
+        raise TypeError(wrong("options", f"those of {cls.__name__}", str(error))) from error
+    attack = _TorchAttack(cls, targeted, tuple(sorted(options.items())))
+    return Foreign(attack, eps, norm, name=f"torchattacks.{cls.__name__}", targeted=targeted)
 
 
 def from_foolbox(
@@ -225,7 +234,7 @@ def from_foolbox(
         The attack.
 
     Raises:
-        TypeError: ``attack`` is not callable.
+        TypeError: ``attack`` is a class, or not callable.
         ValueError: The attack has another distance, or none.
 
     Example:
@@ -236,8 +245,9 @@ def from_foolbox(
     References:
         https://github.com/bethgelab/foolbox
     """
-    if not callable(attack):
-        raise TypeError(wrong("attack", "an attack of foolbox", describe(attack)))
+    if not callable(attack) or inspect.isclass(attack):
+        remedy = "pass an instance, such as foolbox.attacks.LinfPGD(steps=50)"
+        raise TypeError(wrong("attack", "an attack of foolbox", describe(attack), remedy))
     distance = getattr(attack, "distance", None)
     norm = {float("inf"): "linf", 2: "l2"}.get(getattr(distance, "p", None))
     if norm is None:
@@ -251,16 +261,11 @@ def from_foolbox(
 @dataclass(frozen=True)
 class _TorchAttack:
     cls: Callable[..., Any]
-    eps: float
-    norm: str
     targeted: bool
     options: tuple[tuple[str, Any], ...]
 
     def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-        known = {"eps": self.eps, "norm": {"linf": "Linf", "l2": "L2"}[self.norm]}
-        taken = inspect.signature(self.cls).parameters
-        chosen = {name: value for name, value in known.items() if name in taken}
-        attack = self.cls(model, **{**chosen, **dict(self.options)})
+        attack = self.cls(model, **dict(self.options))
         if self.targeted:
             attack.set_mode_targeted_by_label(quiet=True)
         return attack(images, target)
@@ -324,29 +329,6 @@ class _Bridge(torch.autograd.Function):
         # The outer graph decides when the inner one is freed: some attacks go back several times.
         (gradient,) = torch.autograd.grad(outputs, points, slope, retain_graph=True)
         return gradient, None
-
-
-def _check_found(found: object, clean: Tensor) -> Tensor:
-    expected = f"images of shape {tuple(clean.shape)} from the attack"
-    if not isinstance(found, Tensor) or not found.is_floating_point():
-        raise TypeError(wrong("attack", expected, describe(found), "return the images alone"))
-    if found.shape != clean.shape:
-        raise ValueError(wrong("attack", expected, describe(found)))
-    return found.detach().to(clean.device)
-
-
-@contextmanager
-def _gradients_put_away(model: object) -> Iterator[None]:
-    """Take the ``.grad`` off the parameters, and put it back at the end."""
-    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
-    gradients = [parameter.grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,9 +18,14 @@ from calibclip._checks import (
     check_target,
     wrong,
 )
-from calibclip.attacks._attack import check_bounds, check_eps, check_images, draw_seed
-from calibclip.attacks._model import AttackedModel, Iterate, Labels, undisturbed
-from calibclip.attacks.objectives import resolve_objective
+from calibclip.attacks._arguments import check_bounds, check_eps, check_images, draw_seed
+from calibclip.attacks._model import (
+    AttackedModel,
+    Iterate,
+    Labels,
+    attacked_by_margin,
+    undisturbed,
+)
 from calibclip.attacks.result import AttackResult, nothing_to_attack
 from calibclip.attacks.threat import FeasibleSet, per_sample, sample_keys, stream_seed
 
@@ -50,7 +54,8 @@ class Square:
         norm: ``"linf"``; the attack for "l2" is another algorithm, which is not here.
         p_init: Share of the image that the first patches cover, in (0, 1].
         bounds: Lowest and highest pixel value.
-        targeted: Move towards ``target`` instead of away from it.
+        targeted: Move towards ``target`` instead of away from it, still by the margin. (The
+            published targeted attack goes by cross-entropy.)
         seed: Seed of the search, >= 0, unless a generator is passed.
 
     Raises:
@@ -119,19 +124,14 @@ class Square:
             ValueError: Images outside ``bounds``, classes out of range, or a wrong shape.
         """
         clean = check_images(images, self.bounds)
+        target = check_target(target, len(clean), None, clean.device).clone()
+        attacked = attacked_by_margin(model, target, targeted=self.targeted)
         if clean.ndim not in (2, 4):
             expected = "shape (B, C, H, W) or (B, D)"
             raise ValueError(wrong("images", expected, f"shape {tuple(clean.shape)}"))
-        target = check_target(target, len(clean), None, clean.device).clone()
         seed = draw_seed(generator, self.seed)
         if len(clean) == 0:
             return nothing_to_attack(clean)
-        attacked = AttackedModel(
-            model,
-            resolve_objective("margin"),
-            partial(check_target, target, len(clean), device=clean.device),
-            targeted=self.targeted,
-        )
         feasible = FeasibleSet(clean, self.eps, self.norm, self.bounds)
         with undisturbed(model), torch.no_grad():
             found = self._search(attacked, feasible, target, seed)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from calibclip._checks import check_count, check_target, describe, wrong
-from calibclip.attacks._attack import check_images
-from calibclip.attacks._model import AttackedModel, undisturbed
-from calibclip.attacks.objectives import misclassified, resolve_objective
-from calibclip.attacks.result import AttackResult
+from calibclip.attacks._arguments import check_found, check_images
+from calibclip.attacks._model import attacked_by_margin, borrowed
 
 Model = Callable[[Tensor], Tensor]
 
@@ -72,12 +69,14 @@ def transfer_matrix(
     images made against another one has probably masked its gradients, and its white-box accuracy
     says too much.
 
-    A sample counts where the first of the largest logits is the target's, as for attacks.
+    A sample counts where the first of the largest logits is the target's, in full precision. Where
+    they are NaN it does not.
 
     Args:
         models: By name, callables from images to logits ``(B, K)``. Modules are evaluated in eval
             mode, and each submodule has its own mode back afterwards.
-        attack: Callable ``(model, images, target)`` that returns an `AttackResult` or the images.
+        attack: Callable ``(model, images, target)`` that returns a result or the images alone; a
+            `WorstCase` will do.
         images: Clean images, shape ``(B, ...)`` with ``B >= 1``, floating. Not modified.
         target: True classes, shape ``(B,)``, int64.
         batch_size: Images in one forward pass of the evaluation; None: all. The attack gets all
@@ -111,13 +110,8 @@ def transfer_matrix(
         raise ValueError(wrong("images", "at least one image", describe(images)))
     target = check_target(target, len(clean), None, clean.device)
     size = check_count("batch_size", len(clean) if batch_size is None else batch_size, at_least=1)
-    crafted = {
-        # Copies, as an attack may be anybody's.
-        name: _crafted(attack(model, clean.clone(), target.clone()), clean)
-        for name, model in models.items()
-    }
+    crafted = {name: _crafted(attack, model, clean, target) for name, model in models.items()}
     sets = [*crafted.values(), clean]
-    # Column by column: a model is put into eval mode once.
     columns = [_accuracies(model, sets, target, size) for model in models.values()]
     shares = torch.tensor(columns, dtype=torch.float64).T
     return TransferMatrix(tuple(models), shares[:-1], shares[-1], crafted)
@@ -125,30 +119,18 @@ def transfer_matrix(
 
 def _accuracies(model: Model, sets: list[Tensor], target: Tensor, batch_size: int) -> list[float]:
     """Return the share of right predictions on each set of images."""
-    check_classes = partial(check_target, target, len(target), device=target.device)
-    judge = AttackedModel(model, resolve_objective("margin"), check_classes)
-    shares = []
-    with undisturbed(model), torch.no_grad():
-        for images in sets:
-            missed = [
-                misclassified(judge.outputs(part), labels)
-                for part, labels in zip(
-                    images.split(batch_size), target.split(batch_size), strict=True
-                )
-            ]
-            shares.append(float((~torch.cat(missed)).double().mean()))
+    judge, shares = attacked_by_margin(model, target), []
+    for images in sets:
+        lead, wrong = judge.verdict(images, target, batch_size)
+        shares.append(float((~wrong & ~lead.isnan()).double().mean()))
     return shares
 
 
-def _crafted(found: object, clean: Tensor) -> Tensor:
-    """Return the images among what an attack returned."""
-    images = found.images if isinstance(found, AttackResult) else found
-    expected = f"an AttackResult or images of shape {tuple(clean.shape)}"
-    if not isinstance(images, Tensor):
-        raise TypeError(wrong("attack", expected, describe(found), "return the images alone"))
-    if images.shape != clean.shape:
-        raise ValueError(wrong("attack", expected, describe(images)))
-    return images.detach()
+def _crafted(attack: Callable[..., Any], model: Model, clean: Tensor, target: Tensor) -> Tensor:
+    """Run an attack, which may be anybody's, on copies."""
+    with borrowed(model):
+        found = attack(model, clean.clone(), target.clone())
+    return check_found(found, clean).to(clean.dtype)
 
 
 def _check_models(models: object) -> None:
