@@ -92,10 +92,13 @@ def check_choice(argument: str, value: object, choices: Collection[str]) -> None
         raise ValueError(wrong(argument, f"one of {names}", repr(value)))
 
 
-def check_floating(argument: str, value: object, *, shape: str, ndim: int | None = None) -> Tensor:
+def check_floating(
+    argument: str, value: object, *, shape: str, ndim: int | None = None, empty: bool = False
+) -> Tensor:
     """Check for a floating-point tensor; ``shape`` is how the message writes the shape.
 
-    Without ``ndim`` any tensor of at least one dimension passes. The last must not be empty.
+    Without ``ndim`` any tensor of at least one dimension passes. The last must not be empty, unless
+    ``empty`` allows it.
     """
     expected = f"a floating-point tensor of shape {shape}"
     if not isinstance(value, Tensor):
@@ -105,7 +108,7 @@ def check_floating(argument: str, value: object, *, shape: str, ndim: int | None
         raise TypeError(wrong(argument, expected, describe(value), f"call {argument}.float()"))
     if value.ndim == 0 or (ndim is not None and value.ndim != ndim):
         raise ValueError(wrong(argument, expected, describe(value)))
-    if value.shape[-1] == 0:
+    if value.shape[-1] == 0 and not empty:
         raise ValueError(wrong(argument, f"{expected}, the last size >= 1", describe(value)))
     return value
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from calibclip import metrics
-from calibclip.metrics._predictions import read_predictions, top_label
+from calibclip.metrics._predictions import read_predictions
 
 METRICS = [
     metrics.accuracy,
@@ -238,10 +238,11 @@ def test_rounded_probabilities_are_accepted(dtype, n_classes):
 def test_top_label_takes_the_lowest_of_equal_classes():
     probs = torch.tensor([[0.4, 0.2, 0.4], [0.2, 0.4, 0.4], [0.5, 0.25, 0.25]])
     target = torch.tensor([0, 2, 1])
-    confidence, correct = top_label(read_predictions(probs, None, target))
+    predictions = read_predictions(probs, None, target)
+    confidence, correct = predictions.confidence, predictions.correct
     assert confidence.tolist() == pytest.approx([0.4, 0.4, 0.5])
     assert correct.tolist() == [True, False, False]
-    _, correct = top_label(read_predictions(None, torch.zeros(3, 3), target))
+    correct = read_predictions(None, torch.zeros(3, 3), target).correct
     assert correct.tolist() == [True, False, False]
 
 

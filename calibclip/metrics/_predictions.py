@@ -1,33 +1,186 @@
-"""What every metric reads: one of ``probs=`` and ``logits=``, and ``target=``."""
+"""What a metric of predictions reads: one of ``probs=`` and ``logits=``, and ``target=``."""
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from calibclip._checks import check_floating, check_target, describe, wrong
+from calibclip._checks import check_choice, check_floating, check_target, describe, wrong
 
 ArrayLike: TypeAlias = Tensor | np.ndarray
 
+NAN_POLICIES = ("raise", "omit", "propagate")
 
-class Predictions(NamedTuple):
-    """Checked predictions of ``N`` samples over ``K`` classes, cut from any autograd graph."""
+# Entries of a block of rows that is worked on in float64: 2 MB, which stay in the cache.
+_BLOCK = 2**18
 
-    scores: Tensor
-    """Probabilities or logits, shape ``(N, K)``, float64 if given so, else float32."""
-    are_logits: bool
-    """What ``scores`` holds."""
-    target: Tensor
-    """True classes, shape ``(N,)``, int64, on the device of ``scores``."""
+
+class Faults(NamedTuple):
+    """Rows of an update that are no predictions, each 0-d, int64; see `Metric` for what follows."""
+
+    nonfinite: Tensor
+    """Rows with NaN or infinity (of logits: NaN, +inf, or -inf only)."""
+    improper: Tensor
+    """Rows of ``probs`` that are no distribution."""
+    mislabelled: Tensor
+    """Targets that are no class."""
+
+    @staticmethod
+    def none() -> Faults:
+        return Faults(*(torch.zeros((), dtype=torch.int64) for _ in range(3)))
+
+    def check(self, argument: str) -> None:
+        """Raise for what could not be looked at during an update on an accelerator."""
+        improper, mislabelled = int(self.improper), int(self.mislabelled)
+        if improper:
+            expected = "rows of probabilities in [0, 1] that sum to 1"
+            remedy = "if these are logits pass logits="
+            raise ValueError(wrong(argument, expected, f"{improper} that do not fit", remedy))
+        if mislabelled:
+            raise ValueError(wrong("target", "class indices below K", f"{mislabelled} outside"))
+
+
+class Predictions:
+    """Checked predictions of ``N`` samples over ``K`` classes, cut from any autograd graph.
+
+    What a metric needs of them is computed when it is first asked for, and kept for the next.
+
+    Attributes:
+        scores: Probabilities or logits, shape ``(N, K)``, float64 if given so, else float32.
+        are_logits: What ``scores`` holds.
+        target: True classes, shape ``(N,)``, int64, on the device of ``scores``.
+        faults: Rows that are no predictions.
+    """
+
+    def __init__(
+        self, scores: Tensor, are_logits: bool, target: Tensor, faults: Faults | None = None
+    ) -> None:
+        self.scores, self.are_logits, self.target = scores, are_logits, target
+        self.faults = Faults.none() if faults is None else faults
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def n_classes(self) -> int:
+        return self.scores.shape[1]
+
+    @cached_property
+    def predicted(self) -> Tensor:
+        """Class of the largest score, shape ``(N,)``; of equal scores the lowest index.
+
+        Logits are compared as they are: softmax rounds close logits to equal probabilities.
+        """
+        return self.scores.argmax(dim=1)
+
+    @cached_property
+    def correct(self) -> Tensor:
+        """Whether the predicted class is the true one, shape ``(N,)``, bool."""
+        return self.predicted == self.target
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """Class probabilities, shape ``(N, K)``, in the dtype of the scores."""
+        return self.scores.softmax(dim=1) if self.are_logits else self.scores
+
+    @property
+    def confidence(self) -> Tensor:
+        """Probability of the predicted class, shape ``(N,)``, in the dtype of the scores."""
+        return self._summary.confidence
+
+    @property
+    def log_odds(self) -> Tensor:
+        r"""Log-odds :math:`\\ln p/(1-p)` of the predicted class, shape ``(N,)``, float64.
+
+        It ranks as the confidence does, and still tells apart what rounds to a confidence of 1.
+        """
+        return self._summary.log_odds
+
+    @property
+    def nll(self) -> Tensor:
+        """Negative log-probability of the true class, shape ``(N,)``, float64."""
+        return self._summary.nll
+
+    @property
+    def brier(self) -> Tensor:
+        """Squared distance from the one-hot target, shape ``(N,)``, float64."""
+        return self._summary.brier
+
+    @property
+    def entropy(self) -> Tensor:
+        """Entropy of the probabilities in nats, shape ``(N,)``, float64."""
+        return self._summary.entropy
+
+    @cached_property
+    def _summary(self) -> _Summary:
+        rows = max(_BLOCK // self.n_classes, 1)
+        if self.scores.device.type != "cpu":
+            rows *= 64  # few launches instead of a cache
+        blocks = zip(
+            self.scores.split(rows),
+            self.target.split(rows),
+            self.predicted.split(rows),
+            strict=True,
+        )
+        parts = [_summarize(*block, self.are_logits) for block in blocks]
+        confidence, *rest = (torch.cat(column) for column in zip(*parts, strict=True))
+        return _Summary(confidence.to(self.scores.dtype), *rest)
+
+
+class _Summary(NamedTuple):
+    confidence: Tensor
+    log_odds: Tensor
+    nll: Tensor
+    brier: Tensor
+    entropy: Tensor
+
+
+def _summarize(scores: Tensor, target: Tensor, predicted: Tensor, are_logits: bool) -> _Summary:
+    """Work out one block of rows in float64."""
+    scores, target, predicted = scores.double(), target[:, None], predicted[:, None]
+    if are_logits:
+        gap = scores - scores.gather(1, predicted)
+        share = gap.exp()
+        # Without the largest class, next to whose 1 the others' shares would vanish.
+        others = share.scatter(1, predicted, 0.0).sum(1)
+        total = others.log1p()
+        nll = total - gap.gather(1, target).squeeze(1)
+        probs = share / (1 + others)[:, None]
+        confidence, log_odds = 1 / (1 + others), -others.log()
+        # -inf marks a class that is masked: 0 times its gap would be NaN.
+        entropy = total - torch.where(probs > 0, gap, 0.0).mul_(probs).sum(1)
+    else:
+        probs = scores
+        confidence = probs.gather(1, predicted).squeeze(1)
+        others = probs.scatter(1, predicted, 0.0).sum(1)
+        log_odds = confidence.log() - others.log()
+        nll = -probs.gather(1, target).squeeze(1).log()
+        entropy = -torch.xlogy(probs, probs).sum(1)
+    # p - onehot(y), without a matrix of ones.
+    residual = probs.scatter_add(1, target, probs.new_full(target.shape, -1.0))
+    return _Summary(confidence, log_odds, nll, residual.square_().sum(1), entropy)
 
 
 def read_predictions(
-    probs: ArrayLike | None, logits: ArrayLike | None, target: ArrayLike | None
+    probs: ArrayLike | None = None,
+    logits: ArrayLike | None = None,
+    target: ArrayLike | None = None,
+    nan: str = "raise",
 ) -> Predictions:
-    """Check the three arguments that all metrics share.
+    """Check the arguments that all metrics of predictions share.
+
+    On the CPU every fault raises at once. On an accelerator a look at the values would stall the
+    device, and they are counted in `Faults` instead; only ``nan="omit"`` looks.
+
+    Args:
+        probs: Probabilities, shape ``(N, K)``.
+        logits: Logits, shape ``(N, K)``.
+        target: True classes, shape ``(N,)``.
+        nan: ``"raise"``, ``"omit"`` or ``"propagate"``: what rows that are not finite do.
 
     Raises:
         TypeError: Not exactly one of ``probs`` and ``logits`` is given, ``target`` is missing, or
@@ -35,6 +188,7 @@ def read_predictions(
         ValueError: A shape is wrong, a probability row is not a distribution, a row of logits
             holds NaN or +inf or only -inf, or a class index lies outside ``[0, K)``.
     """
+    check_choice("nan", nan, NAN_POLICIES)
     if (probs is None) == (logits is None):
         got = "neither" if probs is None else "both"
         remedy = "name the arguments: probs= or logits=, and target="
@@ -42,42 +196,69 @@ def read_predictions(
     are_logits = probs is None
     argument, given = ("logits", logits) if are_logits else ("probs", probs)
 
-    given = check_floating(argument, _as_tensor(given), shape="(N, K)", ndim=2).detach()
+    given = check_floating(argument, as_tensor(given), shape="(N, K)", ndim=2).detach()
     if given.shape[1] < 2:
         remedy = "for a two-class score s pass torch.stack([1 - s, s], dim=1)"
         raise ValueError(wrong(argument, "shape (N, K) with K >= 2", describe(given), remedy))
     scores = given.to(torch.float64 if given.dtype == torch.float64 else torch.float32)
     if scores.device.type == "mps":
         scores = scores.cpu()  # MPS has no float64, in which all sums are kept
+    target, mislabelled = _read_target(target, scores)
     if are_logits:
-        _check_logit_rows(scores)
+        nonfinite, improper = _faulty_logits(scores, nan), None
     else:
         # Rounding every entry moves a row sum by up to eps / 2; 1e-4 covers sums of many classes.
-        _check_probability_rows(scores, tolerance=max(1e-4, torch.finfo(given.dtype).eps))
-    return Predictions(scores, are_logits, _read_target(target, scores))
+        tolerance = max(1e-4, torch.finfo(given.dtype).eps)
+        nonfinite, improper = _faulty_probabilities(scores, tolerance, nan)
+    none = torch.zeros((), dtype=torch.int64, device=scores.device)
+    faults = Faults(*(none if f is None else f.sum() for f in (nonfinite, improper, mislabelled)))
+    if nan == "omit" and nonfinite is not None and bool(nonfinite.any()):
+        scores, target = scores[~nonfinite], target[~nonfinite]
+    return Predictions(scores, are_logits, target, faults)
 
 
-def probabilities(predictions: Predictions) -> Tensor:
-    """Class probabilities, shape ``(N, K)``, in the dtype of the scores."""
-    return predictions.scores.softmax(dim=1) if predictions.are_logits else predictions.scores
+def read_binary(
+    probs: ArrayLike, target: ArrayLike, nan: str = "raise"
+) -> tuple[Tensor, Tensor, Faults]:
+    """Check probabilities of a positive class and whether it is true; see `read_predictions`.
 
-
-def predicted_class(predictions: Predictions) -> Tensor:
-    """Class of the largest score, shape ``(N,)``; of equal scores the lowest index.
-
-    Logits are compared as they are: softmax rounds close logits to equal probabilities.
+    Returns:
+        The probabilities, shape ``(N,)``, the truth, shape ``(N,)``, bool, and the faults.
     """
-    return predictions.scores.argmax(dim=1)
+    check_choice("nan", nan, NAN_POLICIES)
+    given = check_floating("probs", as_tensor(probs), shape="(N,)", ndim=1, empty=True).detach()
+    scores = given.to(torch.float64 if given.dtype == torch.float64 else torch.float32)
+    truth = read_flags("target", target, scores)
+    bad = ~scores.isfinite()
+    if nan == "raise" and bad.any():
+        got = f"{_rows(bad)} with NaN or infinity"
+        raise ValueError(wrong("probs", "finite values", got, REMEDY))
+    outside = ((scores < 0) | (scores > 1)) & ~bad
+    if outside.any():
+        got = f"{_rows(outside)} outside"
+        raise ValueError(wrong("probs", "probabilities in [0, 1]", got, "apply a sigmoid"))
+    faults = Faults.none()._replace(nonfinite=bad.sum())
+    return (scores, truth, faults) if nan != "omit" else (scores[~bad], truth[~bad], faults)
 
 
-def top_label(predictions: Predictions) -> tuple[Tensor, Tensor]:
-    """Probability of the predicted class, and whether that class is true (bool), both ``(N,)``."""
-    predicted = predicted_class(predictions)
-    confidence = probabilities(predictions).gather(1, predicted[:, None]).squeeze(1)
-    return confidence, predicted == predictions.target
+def read_flags(argument: str, value: object, like: Tensor) -> Tensor:
+    """Check one bool, or 0 or 1, per entry of another tensor; return it as bool on its device."""
+    flags = as_tensor(value)
+    expected = f"bool, or 0 and 1, of shape {tuple(like.shape)}"
+    if not isinstance(flags, Tensor):
+        raise TypeError(wrong(argument, expected, describe(value)))
+    if flags.shape != like.shape:
+        raise ValueError(wrong(argument, expected, describe(flags)))
+    if flags.dtype != torch.bool:
+        if flags.is_complex() or (
+            flags.device.type == "cpu" and ((flags != 0) & (flags != 1)).any()
+        ):
+            raise ValueError(wrong(argument, expected, "other values"))
+        flags = flags == 1
+    return flags.detach().to(like.device)
 
 
-def _as_tensor(value: object) -> object:
+def as_tensor(value: object) -> object:
     """View a numeric array as a tensor and leave anything else to the caller's checks."""
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
         return value
@@ -86,49 +267,62 @@ def _as_tensor(value: object) -> object:
     return torch.from_numpy(np.require(value, dtype, ["C_CONTIGUOUS", "WRITEABLE"]))
 
 
-def _read_target(target: object, scores: Tensor) -> Tensor:
+def _read_target(target: object, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the target, and which entries are no class where that is not raised at once."""
     batch, n_classes = scores.shape
     expected = f"integer class indices of shape ({batch},)"
     if target is None:
         raise TypeError(wrong("target", expected, "nothing", "pass target="))
-    indices = _as_tensor(target)
+    indices = as_tensor(target)
     if not isinstance(indices, Tensor):
         raise TypeError(wrong("target", expected, describe(target)))
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         raise TypeError(wrong("target", expected, describe(target), "convert it to int64"))
-    # On the CPU the range is checked too; on an accelerator a bad index would end the process.
-    indices = check_target(
-        indices.detach().cpu().long(), batch, n_classes, device=torch.device("cpu")
-    )
-    return indices.to(scores.device)
+    # On the CPU the range is checked too.
+    indices = check_target(indices.detach().long(), batch, n_classes, indices.device)
+    if indices.device.type == "cpu":
+        return indices.to(scores.device), None
+    # On an accelerator a bad index would end the process.
+    outside = (indices < 0) | (indices >= n_classes)
+    return indices.clamp(0, n_classes - 1).to(scores.device), outside.to(scores.device)
 
 
-def _check_logit_rows(logits: Tensor) -> None:
+def _faulty_logits(logits: Tensor, nan: str) -> Tensor | None:
     largest = logits.amax(dim=1)  # NaN if the row holds one
-    bad = largest.isnan() | (largest == torch.inf)
-    if bad.any():
+    bad = ~largest.isfinite()
+    if nan == "raise" and logits.device.type == "cpu" and bad.any():
+        masked = largest == -torch.inf
+        if masked.any():
+            expected = "at least one class above -inf in every row"
+            raise ValueError(wrong("logits", expected, f"{_rows(masked)} of -inf only"))
         expected = "finite logits, or -inf for a masked class"
-        raise ValueError(wrong("logits", expected, f"{_rows(bad)} with NaN or +inf"))
-    masked = largest == -torch.inf
-    if masked.any():
-        expected = "at least one class above -inf in every row"
-        raise ValueError(wrong("logits", expected, f"{_rows(masked)} of -inf only"))
+        raise ValueError(wrong("logits", expected, f"{_rows(bad)} with NaN or +inf", REMEDY))
+    return bad
 
 
-def _check_probability_rows(probs: Tensor, tolerance: float) -> None:
-    bad = ~probs.isfinite().all(dim=1)
-    if bad.any():
-        raise ValueError(wrong("probs", "finite values", f"{_rows(bad)} with NaN or infinity"))
+def _faulty_probabilities(
+    probs: Tensor, tolerance: float, nan: str
+) -> tuple[Tensor | None, Tensor | None]:
     lowest, total = probs.amin(dim=1), probs.sum(dim=1)
-    bad = (lowest < 0) | ((total - 1).abs() > tolerance)
-    if bad.any():
-        first = int(bad.nonzero()[0])
+    nonfinite = ~total.isfinite()
+    improper = ((lowest < 0) | ((total - 1).abs() > tolerance)) & ~nonfinite
+    if probs.device.type != "cpu":
+        return nonfinite, improper
+    if nan == "raise" and nonfinite.any():
+        got = f"{_rows(nonfinite)} with NaN or infinity"
+        raise ValueError(wrong("probs", "finite values", got, REMEDY))
+    if improper.any():
+        first = int(improper.nonzero()[0])
         expected = f"rows of probabilities in [0, 1] that sum to 1 within {tolerance:.2g}"
         got = (
-            f"{_rows(bad)} that do not fit, first row {first} "
+            f"{_rows(improper)} that do not fit, first row {first} "
             f"with minimum {lowest[first]:.4g} and sum {total[first]:.4g}"
         )
         raise ValueError(wrong("probs", expected, got, "if these are logits pass logits="))
+    return nonfinite, None
+
+
+REMEDY = "nan='omit' leaves such rows out, nan='propagate' returns NaN"
 
 
 def _rows(bad: Tensor) -> str:

@@ -1,22 +1,32 @@
-"""Binned calibration of the predicted class.
+"""Binned calibration of the predicted class: is it right as often as its probability says?
 
-Four stages, each a function of the one before: predictions, then confidence and correctness per
-sample (:func:`~calibclip.metrics._predictions.top_label`), then sums per bin (:func:`bin_sums`),
-then the table (:func:`tabulate`), whose properties are the errors.
+Predictions become a confidence and a correctness per sample (`Predictions`), these sums per bin,
+and the sums a table, whose errors are the metrics (``reliability.py``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from statistics import NormalDist
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from calibclip._checks import check_count
-from calibclip.metrics._predictions import ArrayLike, read_predictions, top_label
+from calibclip._checks import check_choice, check_count, check_flag, describe, wrong
+from calibclip.metrics._predictions import ArrayLike, Predictions, read_binary
+from calibclip.metrics._streaming import Column, PredictionMetric, Value
+from calibclip.metrics.reliability import (
+    CLOSED,
+    INTERVALS,
+    NORMS,
+    BinSums,
+    ReliabilityTable,
+    bin_sums,
+    mass_table,
+    tabulate,
+)
+
+BINNINGS = ("width", "mass")
 
 
 def expected_calibration_error(
@@ -24,27 +34,52 @@ def expected_calibration_error(
     logits: ArrayLike | None = None,
     target: ArrayLike | None = None,
     n_bins: int = 15,
+    norm: float = 1,
+    binning: str = "width",
+    debias: bool = False,
+    *,
+    closed: str = "right",
+    squared: bool = False,
+    nan: str = "raise",
 ) -> float:
     r"""Expected calibration error (ECE) of the predicted class.
 
-    .. math:: \mathrm{ECE} = \sum_b \frac{n_b}{N} |\mathrm{acc}_b - \mathrm{conf}_b|
+    .. math::
+        \mathrm{ECE}_q
+        = \Big( \sum_b \frac{n_b}{N} |\mathrm{conf}_b - \mathrm{acc}_b|^q \Big)^{1/q}
 
-    over the bins of :func:`reliability_table`, with conf the mean confidence of a bin rather than
-    its midpoint. An empty bin contributes 0.
+    over the bins of `reliability_table`, with conf the mean confidence of a bin rather than its
+    midpoint. An empty bin contributes 0.
+
+    **Debiased.** With few samples a bin the accuracies scatter, and the error of a calibrated model
+    is not 0. For ``norm=2`` a bin contributes
+    :math:`\mathrm{gap}^2 - \mathrm{acc}_b (1 - \mathrm{acc}_b)/(n_b - 1)`, 0 if it has one
+    sample, and the root is of the sum where that is positive; ``squared=True`` returns the sum
+    itself, which alone is without bias. For ``norm=1`` it is :math:`2|d| - E|d + s Z|` with d the
+    gap, Z normal and :math:`s^2 = \mathrm{acc}_b (1 - \mathrm{acc}_b)/n_b`, in closed form; it may
+    be negative.
 
     Args:
         probs: Probabilities, shape ``(N, K)``, floating point. Give this or ``logits``.
         logits: Logits, shape ``(N, K)``, floating point. Give this or ``probs``.
         target: True classes, shape ``(N,)``, any integer dtype. Required.
         n_bins: Number of bins, at least 1.
+        norm: The exponent q: 1, 2 (RMS calibration error) or ``math.inf`` (the largest gap).
+        binning: ``"width"``: bins of equal width. ``"mass"``: of about equal numbers of samples;
+            equal confidences, in float32, stay in one bin, so that there may be fewer.
+        debias: Take off what chance alone adds.
+        closed: Which edge belongs to a bin of equal width, ``"right"`` or ``"left"``.
+        squared: Return the sum for ``norm=2`` without its root.
+        nan: What rows that are not finite do: ``"raise"``, ``"omit"`` (a warning tells how many) or
+            ``"propagate"`` (the result is NaN).
 
     Returns:
-        A float in [0, 1], summed in float64; NaN if ``N = 0``.
+        A float in [0, 1] unless debiased, summed in float64; NaN if ``N = 0``.
 
     Raises:
         TypeError: Not exactly one of ``probs`` and ``logits`` is given, ``target`` is missing, or
             a type is wrong.
-        ValueError: A shape, a class index or ``n_bins`` is wrong, or a row of scores is invalid.
+        ValueError: A shape, a class index or an option is wrong, or a row of scores is invalid.
 
     Example:
         >>> import torch
@@ -56,9 +91,13 @@ def expected_calibration_error(
 
     References:
         Guo, Pleiss, Sun, Weinberger (2017), On Calibration of Modern Neural Networks, eq. 3,
-        https://arxiv.org/abs/1706.04599
+        https://arxiv.org/abs/1706.04599. Debiased: Kumar, Liang, Ma (2019), Verified Uncertainty
+        Calibration, section 4 (L2), https://arxiv.org/abs/1909.10155
     """
-    return reliability_table(probs, logits, target, n_bins).ece
+    metric = ExpectedCalibrationError(
+        n_bins, norm, binning, debias, closed=closed, squared=squared, nan=nan
+    )
+    return metric.update(probs, logits, target).compute(sync=False)
 
 
 def maximum_calibration_error(
@@ -66,27 +105,37 @@ def maximum_calibration_error(
     logits: ArrayLike | None = None,
     target: ArrayLike | None = None,
     n_bins: int = 15,
+    *,
+    binning: str = "width",
+    closed: str = "right",
+    min_count: int = 1,
+    nan: str = "raise",
 ) -> float:
     r"""Maximum calibration error (MCE) of the predicted class.
 
-    .. math:: \mathrm{MCE} = \max_{b:\, n_b > 0} |\mathrm{acc}_b - \mathrm{conf}_b|
+    .. math:: \mathrm{MCE} = \max_{b:\, n_b \ge m} |\mathrm{acc}_b - \mathrm{conf}_b|
 
-    over the bins of :func:`reliability_table`. One sample in an otherwise empty bin can decide the
-    value: read it next to the counts of the table.
+    over the bins of `reliability_table`. One sample in an otherwise empty bin can decide the
+    value: read it next to the counts of the table, or ask for a ``min_count``.
 
     Args:
         probs: Probabilities, shape ``(N, K)``, floating point. Give this or ``logits``.
         logits: Logits, shape ``(N, K)``, floating point. Give this or ``probs``.
         target: True classes, shape ``(N,)``, any integer dtype. Required.
         n_bins: Number of bins, at least 1.
+        binning: ``"width"`` or ``"mass"``, see `expected_calibration_error`.
+        closed: Which edge belongs to a bin of equal width, ``"right"`` or ``"left"``.
+        min_count: m, the number of samples from which a bin counts.
+        nan: What rows that are not finite do: ``"raise"``, ``"omit"`` (a warning tells how many) or
+            ``"propagate"`` (the result is NaN).
 
     Returns:
-        A float in [0, 1], summed in float64; NaN if ``N = 0``.
+        A float in [0, 1], summed in float64; NaN if no bin counts.
 
     Raises:
         TypeError: Not exactly one of ``probs`` and ``logits`` is given, ``target`` is missing, or
             a type is wrong.
-        ValueError: A shape, a class index or ``n_bins`` is wrong, or a row of scores is invalid.
+        ValueError: A shape, a class index or an option is wrong, or a row of scores is invalid.
 
     Example:
         >>> import torch
@@ -99,7 +148,69 @@ def maximum_calibration_error(
         Guo, Pleiss, Sun, Weinberger (2017), On Calibration of Modern Neural Networks, eq. 5,
         https://arxiv.org/abs/1706.04599
     """
-    return reliability_table(probs, logits, target, n_bins).mce
+    metric = MaximumCalibrationError(
+        n_bins, binning=binning, closed=closed, min_count=min_count, nan=nan
+    )
+    return metric.update(probs, logits, target).compute(sync=False)
+
+
+class SignedErrorTerms(NamedTuple):
+    """The two sides of the calibration error, as `signed_calibration_error` returns them."""
+
+    over_confidence: float
+    """Mean over samples of ``conf - acc`` of their bin where it is positive."""
+    under_confidence: float
+    """Mean over samples of ``acc - conf`` of their bin where it is positive."""
+    mean_gap: float
+    """Mean confidence minus accuracy: the difference of the two, whatever the bins."""
+
+
+def signed_calibration_error(
+    probs: ArrayLike | None = None,
+    logits: ArrayLike | None = None,
+    target: ArrayLike | None = None,
+    n_bins: int = 15,
+    *,
+    binning: str = "width",
+    closed: str = "right",
+    nan: str = "raise",
+) -> SignedErrorTerms:
+    r"""Over- and under-confidence, the two parts of the ECE.
+
+    .. math::
+        \mathrm{OE} = \sum_b \frac{n_b}{N} (\mathrm{conf}_b - \mathrm{acc}_b)_+, \qquad
+        \mathrm{UE} = \sum_b \frac{n_b}{N} (\mathrm{acc}_b - \mathrm{conf}_b)_+
+
+    so that OE + UE is the ECE, and OE - UE the mean confidence minus the accuracy.
+
+    Args:
+        probs: Probabilities, shape ``(N, K)``, floating point. Give this or ``logits``.
+        logits: Logits, shape ``(N, K)``, floating point. Give this or ``probs``.
+        target: True classes, shape ``(N,)``, any integer dtype. Required.
+        n_bins: Number of bins, at least 1.
+        binning: ``"width"`` or ``"mass"``, see `expected_calibration_error`.
+        closed: Which edge belongs to a bin of equal width, ``"right"`` or ``"left"``.
+        nan: What rows that are not finite do: ``"raise"``, ``"omit"`` (a warning tells how many) or
+            ``"propagate"`` (the result is NaN).
+
+    Returns:
+        Both, and their difference, floats; NaN if ``N = 0``.
+
+    Raises:
+        TypeError: Not exactly one of ``probs`` and ``logits`` is given, ``target`` is missing, or
+            a type is wrong.
+        ValueError: A shape, a class index or an option is wrong, or a row of scores is invalid.
+
+    Example:
+        >>> import torch
+        >>> from calibclip import metrics
+        >>> probs = torch.tensor([[0.75, 0.25], [0.75, 0.25], [0.0, 1.0]])
+        >>> terms = metrics.signed_calibration_error(probs, target=torch.tensor([0, 1, 1]))
+        >>> round(terms.over_confidence, 4), terms.under_confidence
+        (0.1667, 0.0)
+    """
+    metric = SignedCalibrationError(n_bins, binning=binning, closed=closed, nan=nan)
+    return metric.update(probs, logits, target).compute(sync=False)
 
 
 def reliability_table(
@@ -107,13 +218,19 @@ def reliability_table(
     logits: ArrayLike | None = None,
     target: ArrayLike | None = None,
     n_bins: int = 15,
+    *,
+    binning: str = "width",
+    closed: str = "right",
+    interval: str = "wilson",
+    nan: str = "raise",
 ) -> ReliabilityTable:
     """Accuracy against confidence of the predicted class, per bin of confidence.
 
     The confidence of a sample is its largest probability, and the sample is correct if that class
     is the true one (of equal scores the lowest index). With two classes, too, this is the predicted
-    class and not the positive one, so that no confidence is below 1/K. Bins have equal width and
-    are closed on the right: bin b of n holds confidences in ``(b/n, (b+1)/n]``, the first also 0.
+    class and not the positive one, so that no confidence is below 1/K; `binary_reliability_table`
+    is for the positive class. Bins of equal width are closed on the right: bin b of n holds
+    confidences in ``(b/n, (b+1)/n]``, the first also 0.
 
     Confidences and bin edges are compared in one dtype, float64 for float64 input and else float32,
     with every edge rounded to it once. A confidence equal to ``float32(b/n)`` hence counts as b/n.
@@ -123,6 +240,12 @@ def reliability_table(
         logits: Logits, shape ``(N, K)``, floating point. Give this or ``probs``.
         target: True classes, shape ``(N,)``, any integer dtype. Required.
         n_bins: Number of bins, at least 1.
+        binning: ``"width"`` or ``"mass"``, see `expected_calibration_error`.
+        closed: Which edge belongs to a bin of equal width, ``"right"`` or ``"left"``.
+        interval: Of the accuracies, 95 %: ``"wilson"``, or ``"clopper-pearson"``, which is wider
+            and covers at least that.
+        nan: What rows that are not finite do: ``"raise"``, ``"omit"`` (a warning tells how many) or
+            ``"propagate"`` (the result is NaN).
 
     Returns:
         The table; with ``N = 0`` all its counts are 0 and its errors NaN.
@@ -130,7 +253,7 @@ def reliability_table(
     Raises:
         TypeError: Not exactly one of ``probs`` and ``logits`` is given, ``target`` is missing, or
             a type is wrong.
-        ValueError: A shape, a class index or ``n_bins`` is wrong, or a row of scores is invalid.
+        ValueError: A shape, a class index or an option is wrong, or a row of scores is invalid.
 
     Example:
         >>> import torch
@@ -151,186 +274,269 @@ def reliability_table(
         (2001), Interval Estimation for a Binomial Proportion, eq. 4 (the Wilson interval),
         https://doi.org/10.1214/ss/1009213286
     """
-    check_count("n_bins", n_bins, at_least=1)
-    confidence, correct = top_label(read_predictions(probs, logits, target))
-    return tabulate(bin_sums(confidence, correct, n_bins))
+    metric = Reliability(n_bins, binning=binning, closed=closed, interval=interval, nan=nan)
+    return metric.update(probs, logits, target).compute(sync=False)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class ReliabilityTable:
-    """Calibration per confidence bin, as :func:`reliability_table` makes it.
+def binary_reliability_table(
+    probs: ArrayLike,
+    target: ArrayLike,
+    n_bins: int = 15,
+    *,
+    binning: str = "width",
+    closed: str = "right",
+    interval: str = "wilson",
+    nan: str = "raise",
+) -> ReliabilityTable:
+    """Frequency of the positive class against its probability, per bin.
 
-    Columns are read-only arrays of shape ``(n_bins,)``, int64 for ``count`` and else float64. An
-    empty bin has count 0 and NaN in the columns after it.
-    """
-
-    lower: np.ndarray
-    """Lower edge, not part of the bin (except 0 of the first)."""
-    upper: np.ndarray
-    """Upper edge, part of the bin."""
-    count: np.ndarray
-    """Number of samples."""
-    confidence: np.ndarray
-    """Mean confidence."""
-    accuracy: np.ndarray
-    """Share of correct samples."""
-    gap: np.ndarray
-    """``confidence - accuracy``: positive where the model is over-confident."""
-    ci_lower: np.ndarray
-    """Lower end of the 95 % Wilson interval of the accuracy."""
-    ci_upper: np.ndarray
-    """Upper end of the 95 % Wilson interval of the accuracy."""
-
-    def __post_init__(self) -> None:
-        for column in fields(self):
-            values = np.array(getattr(self, column.name))  # a copy, so that nobody else writes it
-            values.setflags(write=False)
-            object.__setattr__(self, column.name, values)
-
-    @property
-    def n_bins(self) -> int:
-        """Number of bins, empty ones included."""
-        return len(self.count)
-
-    @property
-    def total(self) -> int:
-        """Number of samples, N."""
-        return int(self.count.sum())
-
-    @property
-    def ece(self) -> float:
-        """Expected calibration error: the mean of ``|gap|`` over samples."""
-        return self._mean_over_samples(np.abs(self.gap))
-
-    @property
-    def mce(self) -> float:
-        """Maximum calibration error: the largest ``|gap|`` of a non-empty bin."""
-        return float(np.abs(self.gap[self.count > 0]).max()) if self.total else float("nan")
-
-    @property
-    def mean_confidence(self) -> float:
-        """Mean confidence over samples. Minus ``mean_accuracy`` it is the mean signed gap."""
-        return self._mean_over_samples(self.confidence)
-
-    @property
-    def mean_accuracy(self) -> float:
-        """Accuracy over samples."""
-        return self._mean_over_samples(self.accuracy)
-
-    def _mean_over_samples(self, column: np.ndarray) -> float:
-        filled = self.count > 0
-        if not filled.any():
-            return float("nan")
-        return float(self.count[filled] @ column[filled] / self.total)
-
-    def __repr__(self) -> str:
-        return (
-            f"ReliabilityTable(n_bins={self.n_bins}, total={self.total}, "
-            f"ece={self.ece:.4f}, mce={self.mce:.4f})"
-        )
-
-    def __str__(self) -> str:
-        lines = [self._names(), *self._cells()]
-        widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-        aligned = (
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-            for line in lines
-        )
-        return "\n".join([*aligned, self._summary()])
-
-    def _repr_html_(self) -> str:
-        """Table for notebooks."""
-        head = "".join(f"<th>{name}</th>" for name in self._names())
-        body = "".join(
-            "<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>"
-            for line in self._cells()
-        )
-        return (
-            f'<table style="text-align: right"><caption>{self._summary()}</caption>'
-            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        )
-
-    def _names(self) -> list[str]:
-        return [column.name for column in fields(self)]
-
-    def _cells(self) -> list[list[str]]:
-        formats = {"count": "d", "gap": "+.4f"}
-        columns = [
-            [
-                "-" if np.isnan(value) else format(value, formats.get(name, ".4f"))
-                for value in getattr(self, name)
-            ]
-            for name in self._names()
-        ]
-        return [list(line) for line in zip(*columns, strict=True)]
-
-    def _summary(self) -> str:
-        return f"N = {self.total}, ECE = {self.ece:.4f}, MCE = {self.mce:.4f}"
-
-
-class BinSums(NamedTuple):
-    """Sums per bin, each of shape ``(n_bins,)``; those of several batches may be added."""
-
-    n_samples: Tensor
-    """Number of samples, int64."""
-    sum_confidence: Tensor
-    """Sum of confidences, float64."""
-    n_correct: Tensor
-    """Number of correct samples, int64."""
-
-
-def bin_sums(confidence: Tensor, correct: Tensor, n_bins: int) -> BinSums:
-    """Sum samples per equal-width, right-closed bin of their confidence.
+    What `reliability_table` is for the predicted class: the column ``confidence`` is the mean
+    probability of the positive class, ``accuracy`` its share. The table's ``error`` gives the
+    calibration errors.
 
     Args:
-        confidence: Shape ``(N,)``, float32 or float64.
-        correct: Shape ``(N,)``, bool, on the same device.
-        n_bins: Number of bins.
-    """
-    # Interior edges only, so that 0 falls into the first bin and 1 into the last whatever the
-    # closure. Dividing in float64 and rounding once matters: float32 linspace misplaces edges.
-    edges = (torch.arange(1, n_bins, dtype=torch.float64) / n_bins).to(confidence)
-    index = torch.bucketize(confidence, edges, right=False)
-    zeros = torch.zeros(n_bins, dtype=torch.int64, device=confidence.device)
-    return BinSums(
-        n_samples=zeros.index_add(0, index, torch.ones_like(index)),
-        sum_confidence=zeros.double().index_add(0, index, confidence.double()),
-        n_correct=zeros.index_add(0, index, correct.long()),
-    )
-
-
-def tabulate(sums: BinSums) -> ReliabilityTable:
-    """Turn sums per bin into means, gaps and intervals.
-
-    Args:
-        sums: From :func:`bin_sums`, of one batch or added up over several, on any device.
+        probs: Probability of the positive class, shape ``(N,)``, floating point.
+        target: Whether it is the true one, shape ``(N,)``, bool or 0 and 1.
+        n_bins: Number of bins, at least 1.
+        binning: ``"width"`` or ``"mass"``, see `expected_calibration_error`.
+        closed: Which edge belongs to a bin of equal width, ``"right"`` or ``"left"``.
+        interval: ``"wilson"`` or ``"clopper-pearson"``, see `reliability_table`.
+        nan: What rows that are not finite do: ``"raise"``, ``"omit"`` (a warning tells how many) or
+            ``"propagate"`` (the result is NaN).
 
     Returns:
-        The table, with NaN in the columns of an empty bin that would divide by its count.
+        The table; with ``N = 0`` all its counts are 0 and its errors NaN.
+
+    Raises:
+        TypeError: A type is wrong.
+        ValueError: A shape or an option is wrong, ``probs`` is outside [0, 1], or ``target`` is
+            neither 0 nor 1.
+
+    Example:
+        >>> import torch
+        >>> from calibclip import metrics
+        >>> probs = torch.tensor([0.25, 0.25, 0.55, 0.75, 0.75])
+        >>> target = torch.tensor([0, 0, 1, 1, 1])
+        >>> table = metrics.binary_reliability_table(probs, target, n_bins=2)
+        >>> round(table.ece, 4), round(table.mce, 4)
+        (0.29, 0.3167)
     """
-    count, confidence, correct = (column.cpu().numpy() for column in sums)
-    samples = np.where(count > 0, count, np.nan)  # an empty bin becomes NaN without a 0 / 0
-    mean_confidence, accuracy = confidence / samples, correct / samples
-    ci_lower, ci_upper = _wilson_interval(accuracy, samples)
-    edges = np.arange(len(count) + 1) / len(count)
-    return ReliabilityTable(
-        lower=edges[:-1],
-        upper=edges[1:],
-        count=count,
-        confidence=mean_confidence,
-        accuracy=accuracy,
-        gap=mean_confidence - accuracy,
-        ci_lower=ci_lower,
-        ci_upper=ci_upper,
-    )
+    metric = Reliability(n_bins, binning=binning, closed=closed, interval=interval, nan=nan)
+    with torch.no_grad():
+        confidence, correct, faults = read_binary(probs, target, nan)
+        metric.take_pairs(confidence, correct)
+        metric.count_faults(faults)
+    return metric.compute(sync=False)
 
 
-def _wilson_interval(share: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of a binomial share; unlike the normal one it has a width at 0 and 1, too."""
-    z = NormalDist().inv_cdf(0.975)
-    centre = share + z**2 / (2 * samples)
-    half_width = z * np.sqrt(share * (1 - share) / samples + (z / (2 * samples)) ** 2)
-    lower, upper = (centre + sign * half_width for sign in (-1, 1))
-    shrink = 1 + z**2 / samples
-    # Rounding must leave neither [0, 1] nor the share itself outside.
-    return np.clip(lower / shrink, 0, share), np.clip(upper / shrink, share, 1)
+class _Binned(PredictionMetric[Value]):
+    """Base: sums per bin of equal width, or for bins of equal mass 5 bytes a sample."""
+
+    def __init__(self, **options: Any) -> None:
+        options["n_bins"] = check_count("n_bins", options["n_bins"], at_least=1)
+        check_choice("binning", options["binning"], BINNINGS)
+        check_choice("closed", options["closed"], CLOSED)
+        if options["binning"] == "mass" and options["closed"] != "right":
+            raise ValueError(
+                wrong("closed", "'right' with binning='mass'", repr(options["closed"]))
+            )
+        super().__init__(**options)
+
+    def _begin(self) -> tuple[dict[str, Tensor], dict[str, Column]]:
+        if self.options["binning"] == "mass":
+            return {}, {"confidence": Column(torch.float32), "correct": Column(torch.uint8)}
+        nothing = bin_sums(torch.zeros(0), torch.zeros(0).bool(), self.options["n_bins"])
+        return nothing._asdict(), {}
+
+    def _take(self, predictions: Predictions) -> None:
+        self.take_pairs(predictions.confidence, predictions.correct)
+
+    def take_pairs(self, confidence: Tensor, correct: Tensor) -> None:
+        """Take in confidences, shape ``(N,)``, floating, and correctness, shape ``(N,)``, bool."""
+        if self.options["binning"] == "mass":
+            self._append(confidence=confidence, correct=correct)
+        else:
+            n_bins, closed = self.options["n_bins"], self.options["closed"]
+            self._add(**bin_sums(confidence, correct, n_bins, closed)._asdict())
+
+    def _table(self) -> ReliabilityTable:
+        interval = self.options.get("interval", "wilson")
+        if self.options["binning"] == "mass":
+            confidence, correct = (self._columns[name].values for name in ("confidence", "correct"))
+            return mass_table(confidence, correct, self.options["n_bins"], interval)
+        return tabulate(BinSums(*(self._sums[name] for name in BinSums._fields)), None, interval)
+
+
+class Reliability(_Binned[ReliabilityTable]):
+    """`reliability_table` of a stream.
+
+    Args:
+        n_bins: Number of bins.
+        binning: ``"width"``, with a state of three sums a bin, or ``"mass"``, with 5 bytes a
+            sample.
+        closed: ``"right"`` or ``"left"``.
+        interval: ``"wilson"`` or ``"clopper-pearson"``.
+        nan: ``"raise"``, ``"omit"`` or ``"propagate"``.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of range.
+
+    Example:
+        >>> import torch
+        >>> metric = Reliability(n_bins=2)
+        >>> for probs in torch.tensor([[[0.75, 0.25]], [[0.0, 1.0]]]):
+        ...     _ = metric.update(probs, target=torch.tensor([1]))
+        >>> metric.compute()
+        ReliabilityTable(n_bins=2, total=2, ece=0.3750, mce=0.3750)
+    """
+
+    def __init__(
+        self,
+        n_bins: int = 15,
+        *,
+        binning: str = "width",
+        closed: str = "right",
+        interval: str = "wilson",
+        nan: str = "raise",
+    ) -> None:
+        check_choice("interval", interval, INTERVALS)
+        super().__init__(n_bins=n_bins, binning=binning, closed=closed, interval=interval, nan=nan)
+
+    def _value(self) -> ReliabilityTable:
+        return self._table()
+
+
+class ExpectedCalibrationError(_Binned[float]):
+    """`expected_calibration_error` of a stream.
+
+    Args:
+        n_bins: Number of bins.
+        norm: 1, 2 or ``math.inf``.
+        binning: ``"width"``, with a state of three sums a bin, or ``"mass"``, with 5 bytes a
+            sample.
+        debias: Take off what chance alone adds.
+        closed: ``"right"`` or ``"left"``.
+        squared: Return the sum for ``norm=2`` without its root.
+        nan: ``"raise"``, ``"omit"`` or ``"propagate"``.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of range.
+
+    Example:
+        >>> import torch
+        >>> metric = ExpectedCalibrationError()
+        >>> for probs in torch.tensor([[[0.75, 0.25]], [[0.75, 0.25]], [[0.0, 1.0]]]):
+        ...     _ = metric.update(probs, target=torch.tensor([1]))
+        >>> round(metric.compute(), 4)  # (2 * |0 - 0.75| + 1 * |1 - 1|) / 3
+        0.5
+    """
+
+    def __init__(
+        self,
+        n_bins: int = 15,
+        norm: float = 1,
+        binning: str = "width",
+        debias: bool = False,
+        *,
+        closed: str = "right",
+        squared: bool = False,
+        nan: str = "raise",
+    ) -> None:
+        if isinstance(norm, bool) or norm not in NORMS:
+            raise ValueError(wrong("norm", "1, 2 or math.inf", describe(norm)))
+        check_flag("debias", debias)
+        check_flag("squared", squared)
+        if debias and norm == math.inf:
+            raise ValueError(wrong("debias", "False with norm=inf", debias))
+        if squared and norm != 2:
+            raise ValueError(wrong("squared", f"False with norm={norm}", squared))
+        super().__init__(
+            n_bins=n_bins,
+            norm=norm,
+            binning=binning,
+            debias=debias,
+            closed=closed,
+            squared=squared,
+            nan=nan,
+        )
+
+    def _value(self) -> float:
+        norm, debias, squared = (self.options[name] for name in ("norm", "debias", "squared"))
+        return self._table().error(norm, debias=debias, squared=squared)
+
+
+class MaximumCalibrationError(_Binned[float]):
+    """`maximum_calibration_error` of a stream.
+
+    Args:
+        n_bins: Number of bins.
+        binning: ``"width"`` or ``"mass"``.
+        closed: ``"right"`` or ``"left"``.
+        min_count: Samples from which a bin counts.
+        nan: ``"raise"``, ``"omit"`` or ``"propagate"``.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of range.
+
+    Example:
+        >>> import torch
+        >>> metric = MaximumCalibrationError()
+        >>> metric.update(torch.tensor([[0.75, 0.25]]), target=torch.tensor([1])).compute()
+        0.75
+    """
+
+    def __init__(
+        self,
+        n_bins: int = 15,
+        *,
+        binning: str = "width",
+        closed: str = "right",
+        min_count: int = 1,
+        nan: str = "raise",
+    ) -> None:
+        min_count = check_count("min_count", min_count, at_least=1)
+        super().__init__(
+            n_bins=n_bins, binning=binning, closed=closed, min_count=min_count, nan=nan
+        )
+
+    def _value(self) -> float:
+        return self._table().error(math.inf, min_count=self.options["min_count"])
+
+
+class SignedCalibrationError(_Binned[SignedErrorTerms]):
+    """`signed_calibration_error` of a stream.
+
+    Args:
+        n_bins: Number of bins.
+        binning: ``"width"`` or ``"mass"``.
+        closed: ``"right"`` or ``"left"``.
+        nan: ``"raise"``, ``"omit"`` or ``"propagate"``.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of range.
+
+    Example:
+        >>> import torch
+        >>> metric = SignedCalibrationError()
+        >>> metric.update(torch.tensor([[0.75, 0.25]]), target=torch.tensor([1])).compute()
+        SignedErrorTerms(over_confidence=0.75, under_confidence=0.0, mean_gap=0.75)
+    """
+
+    def __init__(
+        self,
+        n_bins: int = 15,
+        *,
+        binning: str = "width",
+        closed: str = "right",
+        nan: str = "raise",
+    ) -> None:
+        super().__init__(n_bins=n_bins, binning=binning, closed=closed, nan=nan)
+
+    def _value(self) -> SignedErrorTerms:
+        table = self._table()
+        gap = table.mean_confidence - table.mean_accuracy
+        return SignedErrorTerms(table.over_confidence, table.under_confidence, gap)

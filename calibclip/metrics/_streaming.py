@@ -1,0 +1,320 @@
+"""What all metrics have in common: a state that grows, merges and is shared between processes.
+
+A state consists of sums, which add up over batches and processes, and of columns, which keep one
+number a sample for the metrics that must rank them. `compute` turns a state into a value. A
+function of ``calibclip.metrics`` is its class, used once: the two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from calibclip._checks import check_choice, describe, wrong
+from calibclip.metrics._predictions import (
+    NAN_POLICIES,
+    REMEDY,
+    ArrayLike,
+    Faults,
+    Predictions,
+    read_predictions,
+)
+
+Value = TypeVar("Value")
+
+
+class MetricWarning(UserWarning):
+    """A value was computed, but not of all that was given."""
+
+
+class Metric(ABC, Generic[Value]):
+    """Base of the streaming metrics.
+
+    ``update`` takes a batch, ``compute`` returns the value so far and changes nothing. Without
+    samples the value is NaN. On an accelerator ``update`` does not wait for the device: what is
+    wrong with the values of a batch is counted, and ``compute`` raises.
+
+    Attributes:
+        options: The options of the constructor.
+    """
+
+    options: dict[str, Any]
+
+    def __init__(self, **options: Any) -> None:
+        check_choice("nan", options["nan"], NAN_POLICIES)
+        self.options = options
+        self._sums: dict[str, Tensor] = {}
+        self._columns: dict[str, Column] = {}
+        self.reset()
+
+    @abstractmethod
+    def _begin(self) -> tuple[dict[str, Tensor], dict[str, Column]]:
+        """Return the sums and columns of no sample: on the CPU, of their final shape and dtype."""
+
+    @abstractmethod
+    def _value(self) -> Value:
+        """Return the value of the present state; NaN of an empty one."""
+
+    def compute(self, sync: bool | dist.ProcessGroup | None = None) -> Value:
+        """Return the value of all samples so far.
+
+        Args:
+            sync: Take in the states of all processes. None: if ``torch.distributed`` is
+                initialised. All processes must call then, also those without a sample. A process
+                group: of its members.
+
+        Returns:
+            The value. The state stays that of this process.
+
+        Raises:
+            ValueError: A batch on an accelerator had values that are no predictions, or ones that
+                are not finite with ``nan="raise"``.
+
+        Warns:
+            MetricWarning: Rows were left out (``nan="omit"``).
+        """
+        return self._synced(sync)._checked_value()
+
+    def _checked_value(self) -> Value:
+        faults = Faults(*(self._sums[f"n_{name}"] for name in Faults._fields))
+        faults.check("probs")
+        count = int(faults.nonfinite)
+        if count and self.options["nan"] == "raise":
+            got = f"{count} rows with NaN or infinity"
+            raise ValueError(wrong("probs, logits", "finite values", got, REMEDY))
+        if count and self.options["nan"] == "propagate":
+            return type(self)(**self.options)._value()
+        if count:
+            text = f"{type(self).__name__}: {count} rows with NaN or infinity were left out"
+            warnings.warn(text, MetricWarning, stacklevel=3)
+        return self._value()
+
+    @property
+    def n_faulty(self) -> int:
+        """Rows so far that were not finite."""
+        return int(self._sums["n_nonfinite"])
+
+    def reset(self) -> Metric[Value]:
+        """Forget all samples.
+
+        Returns:
+            The metric itself.
+        """
+        self._sums, self._columns = self._begin()
+        for name, zero in zip(Faults._fields, Faults.none(), strict=True):
+            self._sums[f"n_{name}"] = zero
+        return self
+
+    def merge(self, *others: Metric[Value]) -> Metric[Value]:
+        """Take in the samples of others, which stay as they are.
+
+        Args:
+            others: Metrics of the same type with the same options.
+
+        Returns:
+            The metric itself.
+
+        Raises:
+            TypeError: Another type.
+            ValueError: Other options, or states that do not fit.
+        """
+        for other in others:
+            if type(other) is not type(self):
+                raise TypeError(wrong("others", f"a {type(self).__name__}", describe(other)))
+            if other.options != self.options:
+                raise ValueError(wrong("others", f"options {self.options}", other.options))
+        for other in others:
+            self._accept(other)
+            self._add(**other._sums)
+            for name, column in other._columns.items():
+                self._columns[name].append(column.values)
+        return self
+
+    def _accept(self, other: Metric[Value]) -> None:
+        """Make ready for the sums of another; raises if they do not fit."""
+        for name, total in self._sums.items():
+            if total.shape != other._sums[name].shape:
+                got = f"{name} of shape {tuple(other._sums[name].shape)}"
+                expected = f"{name} of shape {tuple(total.shape)}"
+                raise ValueError(wrong("others", expected, got))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the options and copies of all tensors: what `load_state_dict` takes.
+
+        Returns:
+            A dict of plain values and tensors that ``torch.save`` and ``torch.load`` take.
+        """
+        return {
+            "metric": type(self).__name__,
+            "options": dict(self.options),
+            "sums": {name: total.clone() for name, total in self._sums.items()},
+            "columns": {name: column.values.clone() for name, column in self._columns.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Metric[Value]:
+        """Replace the state by that of a `state_dict`.
+
+        Args:
+            state: From a metric of the same type with the same options.
+
+        Returns:
+            The metric itself.
+
+        Raises:
+            ValueError: The state is of another metric, or of other options.
+        """
+        for key, own in (("metric", type(self).__name__), ("options", self.options)):
+            if state.get(key) != own:
+                raise ValueError(wrong("state", f"{key} {own}", state.get(key)))
+        self.reset()
+        if set(state["sums"]) != set(self._sums) or set(state["columns"]) != set(self._columns):
+            names = sorted([*state["sums"], *state["columns"]])
+            raise ValueError(wrong("state", f"{sorted([*self._sums, *self._columns])}", names))
+        self._sums = {name: state["sums"][name].clone() for name in self._sums}
+        for name, column in self._columns.items():
+            column.append(state["columns"][name])
+        return self
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"{type(self).__name__}({options})"
+
+    def count_faults(self, faults: Faults) -> None:
+        """Count rows that are no predictions; `compute` decides what follows."""
+        self._add(**{f"n_{name}": count for name, count in faults._asdict().items()})
+
+    def _add(self, **sums: Tensor) -> None:
+        """Add to the sums, which move to the device of what is added."""
+        for name, term in sums.items():
+            total = self._sums[name]
+            self._sums[name] = total.to(term.device, non_blocking=True) + term.to(total.dtype)
+
+    def _append(self, **columns: Tensor) -> None:
+        """Append one number a sample to each column."""
+        for name, values in columns.items():
+            self._columns[name].append(values)
+
+    def _synced(self, sync: bool | dist.ProcessGroup | None) -> Metric[Value]:
+        return synced([self], sync)[0]
+
+
+class PredictionMetric(Metric[Value]):
+    """Base of the metrics of class predictions."""
+
+    def update(
+        self,
+        probs: ArrayLike | None = None,
+        logits: ArrayLike | None = None,
+        target: ArrayLike | None = None,
+    ) -> PredictionMetric[Value]:
+        """Take in a batch.
+
+        Args:
+            probs: Probabilities, shape ``(N, K)``, floating point. Give this or ``logits``.
+            logits: Logits, shape ``(N, K)``, floating point. Give this or ``probs``.
+            target: True classes, shape ``(N,)``, any integer dtype. Required.
+
+        Returns:
+            The metric itself.
+
+        Raises:
+            TypeError: Not exactly one of ``probs`` and ``logits`` is given, ``target`` is missing,
+                or a dtype is wrong.
+            ValueError: A shape or a class index is wrong, or a row of scores is invalid.
+        """
+        with torch.no_grad():
+            self.take(read_predictions(probs, logits, target, self.options["nan"]))
+        return self
+
+    def take(self, predictions: Predictions) -> None:
+        """Take in predictions that have been read; several metrics may share them."""
+        self.count_faults(predictions.faults)
+        self._take(predictions)
+
+    @abstractmethod
+    def _take(self, predictions: Predictions) -> None: ...
+
+
+class Column:
+    """Numbers, one a sample, in one tensor that grows by doubling."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._data, self._length = torch.empty(0, dtype=dtype), 0
+
+    @property
+    def values(self) -> Tensor:
+        return self._data[: self._length]
+
+    def append(self, values: Tensor) -> None:
+        end = self._length + len(values)
+        if end > len(self._data) or values.device != self._data.device:
+            # A tensor made in inference mode could not grow outside of it.
+            with torch.inference_mode(False):
+                data = self._data.new_empty(max(2 * self._length, end), device=values.device)
+            data[: self._length] = self.values
+            self._data = data
+        self._data[self._length : end] = values
+        self._length = end
+
+
+def synced(metrics: list[Any], sync: bool | dist.ProcessGroup | None = None) -> list[Any]:
+    """Return metrics with the states of all processes, in one all-reduce of all sums.
+
+    The number of samples in each column of each process travels with the sums, then the columns are
+    gathered one by one.
+    """
+    if sync is None:
+        sync = dist.is_available() and dist.is_initialized()
+    if sync is False:
+        return metrics
+    group = None if sync is True else sync
+    device = torch.device("cpu")
+    if dist.get_backend(group) == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    metrics = [copy.copy(metric) for metric in metrics]
+    columns = [column for metric in metrics for column in metric._columns.values()]
+    lengths = torch.zeros(len(columns), size, dtype=torch.float64)
+    for column, row in zip(columns, lengths, strict=True):
+        row[rank] = len(column.values)
+    # Counts are exact in float64 up to 2^53.
+    sums = [total for metric in metrics for total in metric._sums.values()]
+    flat = [total.double().flatten().to(device) for total in (*sums, lengths)]
+    vector = torch.cat(flat)
+    dist.all_reduce(vector, group=group)
+    *reduced, lengths = (
+        part.view(total.shape).to(total.dtype)
+        for part, total in zip(
+            vector.split([len(part) for part in flat]), (*sums, lengths), strict=True
+        )
+    )
+    gathered = iter(
+        _gather(column, row.long().tolist(), device, group)
+        for column, row in zip(columns, lengths.cpu(), strict=True)
+    )
+    reduced = iter(reduced)
+    for metric in metrics:
+        metric._sums = {name: next(reduced) for name in metric._sums}
+        metric._columns = {name: next(gathered) for name in metric._columns}
+    return metrics
+
+
+def _gather(
+    column: Column, lengths: list[int], device: torch.device, group: dist.ProcessGroup | None
+) -> Column:
+    values = column.values
+    padded = values.new_zeros(max(lengths), device=device)
+    padded[: len(values)] = values
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded, group=group)
+    whole = Column(values.dtype)
+    for part, length in zip(parts, lengths, strict=True):
+        whole.append(part[:length])
+    return whole
