@@ -15,7 +15,7 @@ ArrayLike: TypeAlias = Tensor | np.ndarray
 
 NAN_POLICIES = ("raise", "omit", "propagate")
 
-# Entries of a block of rows that is worked on in float64: 2 MB, which stay in the cache.
+# Entries of a block of rows that is worked on at once: 1 MB of float32.
 _BLOCK = 2**18
 
 
@@ -87,82 +87,76 @@ class Predictions:
         """Class probabilities, shape ``(N, K)``, in the dtype of the scores."""
         return self.scores.softmax(dim=1) if self.are_logits else self.scores
 
-    @property
+    @cached_property
     def confidence(self) -> Tensor:
         """Probability of the predicted class, shape ``(N,)``, in the dtype of the scores."""
-        return self._summary.confidence
+        if self.are_logits:
+            return (1 / (1 + self._others)).to(self.scores.dtype)
+        return _entries(self.scores, self.predicted)
 
-    @property
+    @cached_property
     def log_odds(self) -> Tensor:
-        r"""Log-odds :math:`\\ln p/(1-p)` of the predicted class, shape ``(N,)``, float64.
+        r"""Log-odds :math:`\ln p/(1-p)` of the predicted class, shape ``(N,)``, float64.
 
         It ranks as the confidence does, and still tells apart what rounds to a confidence of 1.
         """
-        return self._summary.log_odds
-
-    @property
-    def nll(self) -> Tensor:
-        """Negative log-probability of the true class, shape ``(N,)``, float64."""
-        return self._summary.nll
-
-    @property
-    def brier(self) -> Tensor:
-        """Squared distance from the one-hot target, shape ``(N,)``, float64."""
-        return self._summary.brier
-
-    @property
-    def entropy(self) -> Tensor:
-        """Entropy of the probabilities in nats, shape ``(N,)``, float64."""
-        return self._summary.entropy
+        log_others = self._others.log()
+        return -log_others if self.are_logits else self.confidence.double().log() - log_others
 
     @cached_property
-    def _summary(self) -> _Summary:
+    def nll(self) -> Tensor:
+        """Negative log-probability of the true class, shape ``(N,)``, float64."""
+        true = _entries(self.scores, self.target).double()
+        if not self.are_logits:
+            return -true.log()
+        return self._others.log1p() - (true - _entries(self.scores, self.predicted).double())
+
+    @cached_property
+    def brier(self) -> Tensor:
+        """Squared distance from the one-hot target, shape ``(N,)``, float64."""
+        # p - onehot(y), without a matrix of ones.
+        totals = []
+        for probs, true in self._blocks(self.probs, self.target):
+            residual = probs.scatter_add(1, true, probs.new_full(true.shape, -1.0))
+            totals.append(residual.square_().sum(1, dtype=torch.float64))
+        return torch.cat(totals)
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """Entropy of the probabilities in nats, shape ``(N,)``, float64."""
+        # The predicted class apart: its -p ln p is as small as its distance from 1.
+        log_confidence = -(-self.log_odds).exp().log1p()
+        terms = [
+            -torch.xlogy(probs, probs).scatter_(1, predicted, 0.0).sum(1)
+            for probs, predicted in self._blocks(self.probs, self.predicted)
+        ]
+        return torch.cat(terms).double() - self.confidence.double() * log_confidence
+
+    @cached_property
+    def _others(self) -> Tensor:
+        """Probability of all other classes, of logits as a multiple of the predicted one's.
+
+        Next to the predicted class's share, where that is near 1, theirs would vanish.
+        """
+        sums = []
+        for scores, predicted in self._blocks(self.scores, self.predicted):
+            if self.are_logits:
+                scores = (scores - scores.gather(1, predicted)).exp_()
+                sums.append(scores.scatter_(1, predicted, 0.0).sum(1))
+            else:
+                sums.append(scores.scatter(1, predicted, 0.0).sum(1))
+        return torch.cat(sums).double()
+
+    def _blocks(self, matrix: Tensor, column: Tensor) -> zip[tuple[Tensor, Tensor]]:
+        """Yield blocks of rows with a column ``(n, 1)``: so few that they stay in the cache."""
         rows = max(_BLOCK // self.n_classes, 1)
-        if self.scores.device.type != "cpu":
-            rows *= 64  # few launches instead of a cache
-        blocks = zip(
-            self.scores.split(rows),
-            self.target.split(rows),
-            self.predicted.split(rows),
-            strict=True,
-        )
-        parts = [_summarize(*block, self.are_logits) for block in blocks]
-        confidence, *rest = (torch.cat(column) for column in zip(*parts, strict=True))
-        return _Summary(confidence.to(self.scores.dtype), *rest)
+        if matrix.device.type != "cpu":
+            rows *= 64  # few launches instead
+        return zip(matrix.split(rows), column.unsqueeze(1).split(rows), strict=True)
 
 
-class _Summary(NamedTuple):
-    confidence: Tensor
-    log_odds: Tensor
-    nll: Tensor
-    brier: Tensor
-    entropy: Tensor
-
-
-def _summarize(scores: Tensor, target: Tensor, predicted: Tensor, are_logits: bool) -> _Summary:
-    """Work out one block of rows in float64."""
-    scores, target, predicted = scores.double(), target[:, None], predicted[:, None]
-    if are_logits:
-        gap = scores - scores.gather(1, predicted)
-        share = gap.exp()
-        # Without the largest class, next to whose 1 the others' shares would vanish.
-        others = share.scatter(1, predicted, 0.0).sum(1)
-        total = others.log1p()
-        nll = total - gap.gather(1, target).squeeze(1)
-        probs = share / (1 + others)[:, None]
-        confidence, log_odds = 1 / (1 + others), -others.log()
-        # -inf marks a class that is masked: 0 times its gap would be NaN.
-        entropy = total - torch.where(probs > 0, gap, 0.0).mul_(probs).sum(1)
-    else:
-        probs = scores
-        confidence = probs.gather(1, predicted).squeeze(1)
-        others = probs.scatter(1, predicted, 0.0).sum(1)
-        log_odds = confidence.log() - others.log()
-        nll = -probs.gather(1, target).squeeze(1).log()
-        entropy = -torch.xlogy(probs, probs).sum(1)
-    # p - onehot(y), without a matrix of ones.
-    residual = probs.scatter_add(1, target, probs.new_full(target.shape, -1.0))
-    return _Summary(confidence, log_odds, nll, residual.square_().sum(1), entropy)
+def _entries(matrix: Tensor, column: Tensor) -> Tensor:
+    return matrix.gather(1, column[:, None]).squeeze(1)
 
 
 def read_predictions(
@@ -203,6 +197,7 @@ def read_predictions(
     scores = given.to(torch.float64 if given.dtype == torch.float64 else torch.float32)
     if scores.device.type == "mps":
         scores = scores.cpu()  # MPS has no float64, in which all sums are kept
+    scores = scores.contiguous()  # with strides softmax rounds otherwise
     target, mislabelled = _read_target(target, scores)
     if are_logits:
         nonfinite, improper = _faulty_logits(scores, nan), None

@@ -14,6 +14,8 @@ from calibclip.metrics._predictions import ArrayLike, Predictions
 from calibclip.metrics._streaming import Column, Metric, PredictionMetric
 from calibclip.metrics.reliability import NORMS
 
+# Entries of a block of rows that is worked on at once: 1 MB of float32.
+_BLOCK = 2**18
 NORMALIZATIONS = ("samples", "kept")
 
 
@@ -198,17 +200,20 @@ def _class_sums(probs: Tensor, target: Tensor, n_bins: int, threshold: float | N
     if device.type == "cpu":
         # No row has more than n_bins probabilities above the first bin: only those are binned one
         # by one, the first bin is what is left of the whole column.
-        lowest = 1 / n_bins if threshold is None else max(threshold, 0.0)
-        bound = torch.tensor(lowest, dtype=torch.float64).to(probs.dtype)
-        above = (probs > bound).flatten().nonzero().squeeze(1)
-        chosen = probs.flatten()[above]
-        cell = (above % n_classes) * n_bins + torch.bucketize(chosen, edges)
-        n_samples.index_add_(0, cell, torch.ones_like(cell))
-        sum_probs.index_add_(0, cell, chosen.double())
+        lowest = 1 / n_bins if threshold is None else threshold
+        bound = float(torch.tensor(lowest, dtype=torch.float64).to(probs.dtype))
+        totals = sum_probs.new_zeros(n_classes)
+        for block in probs.split(max(_BLOCK // n_classes, 1)):
+            above = _where(block > bound)
+            chosen = block.flatten()[above]
+            cell = (above % n_classes) * n_bins + torch.bucketize(chosen, edges)
+            n_samples.index_add_(0, cell, torch.ones_like(cell))
+            sum_probs.index_add_(0, cell, chosen.double())
+            totals += block.sum(0, dtype=torch.float64)
         n_samples, sum_probs = n_samples.view(-1, n_bins), sum_probs.view(-1, n_bins)
         if threshold is None:
             n_samples[:, 0] += len(probs) - n_samples.sum(1)
-            sum_probs[:, 0] += probs.sum(0, dtype=torch.float64) - sum_probs.sum(1)
+            sum_probs[:, 0] += totals - sum_probs.sum(1)
             # An empty bin holds what rounding left of the difference.
             sum_probs.masked_fill_(n_samples == 0, 0.0)
     else:
@@ -219,3 +224,14 @@ def _class_sums(probs: Tensor, target: Tensor, n_bins: int, threshold: float | N
         sum_probs.index_add_(0, cell, probs.flatten().double() * counted)
         n_samples, sum_probs = n_samples.view(-1, n_bins), sum_probs.view(-1, n_bins)
     return _ClassSums(n_samples, sum_probs, n_true.view(-1, n_bins))
+
+
+def _where(flags: Tensor) -> Tensor:
+    """Return the flat indices of the few flags that are set, on the CPU."""
+    flags = flags.flatten()
+    if len(flags) % 8:
+        return flags.nonzero().squeeze(1)
+    # Eight flags at a time: to look for them one by one is what takes longest.
+    words = flags.view(torch.int64).nonzero()
+    candidates = (8 * words + torch.arange(8)).flatten()
+    return candidates[flags[candidates]]
