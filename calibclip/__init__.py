@@ -1,19 +1,15 @@
 """Exact Dirichlet alignment losses, attacks and calibration metrics for CLIP under attack."""
 
-from calibclip import attacks, attention, losses, metrics
+from calibclip import attacks, attention, losses, metrics, recalibration, uncertainty
 from calibclip._prompts import clean_class_name
 from calibclip.attacks import APGD, PGD, AttackResult, WorstCase, pgd
 from calibclip.dirichlet import (
     DirichletHead,
-    aleatoric_uncertainty,
     cosine_similarity,
     dirichlet_kl,
-    epistemic_uncertainty,
     log_concentration,
-    mutual_information,
-    predictive_entropy,
-    vacuity,
 )
+from calibclip.evaluation import evaluate
 from calibclip.losses import (
     AlignTerms,
     CompTGALoss,
@@ -42,6 +38,18 @@ from calibclip.losses import (
     tga_loss,
     trades_loss,
 )
+from calibclip.report import Report
+from calibclip.uncertainty import (
+    aleatoric_uncertainty,
+    conflictiveness,
+    differential_entropy,
+    dissonance,
+    epistemic_uncertainty,
+    expected_pairwise_kl,
+    mutual_information,
+    predictive_entropy,
+    vacuity,
+)
 from calibclip.zero_shot import ZeroShotClassifier
 
 __version__ = "0.1.0"
@@ -60,6 +68,7 @@ __all__ = [
     "FARELoss",
     "PMGAFTLoss",
     "PriorNetworkLoss",
+    "Report",
     "SimCLIPLoss",
     "TGALoss",
     "TRADESLoss",
@@ -71,13 +80,18 @@ __all__ = [
     "attention",
     "clean_class_name",
     "comp_tga_loss",
+    "conflictiveness",
     "cosine_similarity",
+    "differential_entropy",
     "dirichlet_align_loss",
     "dirichlet_align_terms",
     "dirichlet_kl",
+    "dissonance",
     "distillation_loss",
     "edl_loss",
     "epistemic_uncertainty",
+    "evaluate",
+    "expected_pairwise_kl",
     "fap_loss",
     "fare_loss",
     "log_concentration",
@@ -88,9 +102,11 @@ __all__ = [
     "pmg_aft_loss",
     "predictive_entropy",
     "prior_network_loss",
+    "recalibration",
     "simclip_loss",
     "tecoa_loss",
     "tga_loss",
     "trades_loss",
+    "uncertainty",
     "vacuity",
 ]

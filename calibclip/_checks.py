@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 
@@ -14,6 +16,14 @@ from torch import Tensor
 def wrong(argument: str, expected: str, got: object, remedy: str = "") -> str:
     """Compose the one message form used for every bad argument."""
     return f"{argument}: expected {expected}, got {got}" + (f"; {remedy}" if remedy else "")
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn, naming the line that called this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("calibclip."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def describe(value: object) -> str:

@@ -10,7 +10,7 @@ from calibclip._checks import check_flag
 
 @contextmanager
 def progress_bar(
-    show: bool, total: int, title: str, unit: str
+    show: bool, total: int | None, title: str, unit: str
 ) -> Iterator[Callable[[int], object]]:
     """Open a bar and yield the function that moves it on; without ``show`` it does nothing."""
     check_flag("progress", show)

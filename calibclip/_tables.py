@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from calibclip._checks import check_choice
 
 STYLES = ("text", "markdown", "latex")
-_LATEX = {"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "−": "$-$", "Δ": r"$\Delta$"}
+_LATEX = {"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "Δ": r"$\Delta$"}
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,16 @@ class Table:
     def _text(self) -> str:
         widths = self._widths()
         lines = [self.title, _aligned(self.columns, widths), "-" * (sum(widths) + 2 * len(widths))]
-        lines += [f"\n{row[0]}" if len(row) == 1 else _aligned(row, widths) for row in self.rows]
+        for row in self.rows:
+            lines.append(_aligned(row, widths) if len(row) > 1 else f"\n{' '.join(row)}")
         return "\n".join(line.rstrip() for line in lines)
 
     def _markdown(self) -> str:
         width = len(self.columns)
         rule = ["---", *["---:"] * (width - 1)]
         rows = [
-            row if len(row) > 1 else (f"**{row[0]}**", *[""] * (width - 1)) for row in self.rows
+            row if len(row) > 1 else (f"**{''.join(row)}**", *[""] * (width - 1))
+            for row in self.rows
         ]
         lines = [_piped(line) for line in (self.columns, rule, *rows)]
         return "\n".join([f"**{self.title}**", "", *lines])

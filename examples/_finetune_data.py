@@ -64,7 +64,7 @@ class Digits(Dataset):
 
     def __init__(self, train: bool) -> None:
         part = slice(1400) if train else slice(1400, None)
-        pixels, target = load_digits(return_X_y=True)
+        pixels, target = map(np.asarray, load_digits(return_X_y=True))
         self.images = (pixels[part].reshape(-1, 8, 8) * 15.9375).astype(np.uint8)
         self.target = target[part]
 

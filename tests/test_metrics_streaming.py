@@ -155,7 +155,10 @@ class TestEveryMetric:
     def test_faults_that_an_accelerator_reports_late(self, name):
         one = torch.ones((), dtype=torch.int64)
         for faults, message in (
-            (Faults.none()._replace(nonfinite=one), "probs, logits: expected finite values, got 1"),
+            (
+                Faults.none()._replace(nonfinite=one),
+                "probs, logits: expected finite values, got 1 rows",
+            ),
             (Faults.none()._replace(improper=one), "probs: expected rows of prob.* got 1 that do"),
             (Faults.none()._replace(mislabelled=one), "target: expected class indices below K"),
         ):

@@ -45,12 +45,27 @@ MAY_IMPORT = {
     "_prompts": {"_checks", "_modules"},
     "_kernels": {"_checks"},
     "dirichlet": {"_checks", "_kernels"},
+    "uncertainty": {"_checks", "_kernels", "dirichlet"},
     "losses": {"_checks", "_kernels", "dirichlet"},
     "_progress": {"_checks"},
-    "attacks": {"_checks", "_modules", "_progress", "_kernels", "dirichlet"},
+    "attacks": {"_checks", "_modules", "_progress", "_kernels", "dirichlet", "uncertainty"},
     "attention": {"_checks"},
     "metrics": {"_checks"},
+    "_tables": {"_checks"},
+    "recalibration": {"_checks", "metrics"},
     "plots": {"_checks", "metrics"},
+    # report loads plots when a figure is drawn.
+    "report": {"_checks", "_tables", "metrics", "plots"},
+    "evaluation": {
+        "_checks",
+        "_modules",
+        "_progress",
+        "attacks",
+        "dirichlet",
+        "metrics",
+        "report",
+        "uncertainty",
+    },
     "zero_shot": {"_checks", "_encoder", "_prompts", "_libraries", "dirichlet"},
 }
 
@@ -101,8 +116,17 @@ def later():
 RESULTS = {
     "AttackResult",
     "AttackWarning",
+    "AveragePrecisions",
+    "CalibrationShift",
     "Diagnostics",
+    "FailureScores",
+    "Interval",
+    "MetricWarning",
+    "PrecisionRecallF1",
+    "RecalibrationWarning",
     "ReliabilityTable",
+    "RiskCoverageCurve",
+    "ShiftSummary",
     "TransferMatrix",
     "WorstCaseResult",
 }
@@ -114,6 +138,8 @@ PUBLIC = [
         calibclip.attention,
         calibclip.losses,
         calibclip.metrics,
+        calibclip.recalibration,
+        calibclip.uncertainty,
     )
     for name in sorted(module.__all__)
 ]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from calibclip._checks import warn as _warn
 from calibclip._checks import wrong
 from calibclip.attacks.objectives import at_least_float32
 
@@ -131,10 +130,7 @@ def warn(message: str) -> None:
     Warns:
         AttackWarning: Always.
     """
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith("calibclip."):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, AttackWarning, stacklevel=level)
+    _warn(message, AttackWarning)
 
 
 def warn_if_doubtful(

@@ -57,3 +57,25 @@ def equal_mass_cuts(ranked: Tensor, n_bins: int) -> Tensor:
     ranks = ranks[ranks > 0]
     cuts = torch.searchsorted(ranked, ranked[ranks - 1], right=True).unique_consecutive()
     return cuts[cuts < len(ranked)]
+
+
+def residuals_by_confidence(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distinct confidences, ascending, and the sum of ``confidence - correct`` at each.
+
+    The sums come from counts, so that not even rounding depends on the order of the samples.
+
+    Args:
+        confidence: Shape ``(N,)``, floating.
+        correct: 0 or 1, shape ``(N,)``.
+
+    Returns:
+        Two tensors of one entry a distinct value, float64.
+
+    Example:
+        >>> confidence, correct = torch.tensor([0.5, 1.0, 0.5]), torch.tensor([True, False, True])
+        >>> residuals_by_confidence(confidence, correct)
+        (tensor([0.5000, 1.0000], dtype=torch.float64), tensor([-1.,  1.], dtype=torch.float64))
+    """
+    values, which, counts = confidence.unique(return_inverse=True, return_counts=True)
+    n_correct = torch.zeros_like(counts).index_add_(0, which, correct.to(counts.dtype))
+    return values.double(), counts * values.double() - n_correct

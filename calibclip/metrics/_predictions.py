@@ -33,13 +33,13 @@ class Faults(NamedTuple):
     def none() -> Faults:
         return Faults(*(torch.zeros((), dtype=torch.int64) for _ in range(3)))
 
-    def check(self, argument: str) -> None:
+    def check(self) -> None:
         """Raise for what could not be looked at during an update on an accelerator."""
         improper, mislabelled = int(self.improper), int(self.mislabelled)
         if improper:
             expected = "rows of probabilities in [0, 1] that sum to 1"
             remedy = "if these are logits pass logits="
-            raise ValueError(wrong(argument, expected, f"{improper} that do not fit", remedy))
+            raise ValueError(wrong("probs", expected, f"{improper} that do not fit", remedy))
         if mislabelled:
             raise ValueError(wrong("target", "class indices below K", f"{mislabelled} outside"))
 
@@ -101,7 +101,13 @@ class Predictions:
         It ranks as the confidence does, and still tells apart what rounds to a confidence of 1.
         """
         log_others = self._others.log()
-        return -log_others if self.are_logits else self.confidence.double().log() - log_others
+        if not self.are_logits:
+            return self.confidence.double().log() - log_others
+        if self.scores.device.type != "cpu" or not bool((self._others > 0).all()):
+            # Shares that are too small for float32 still have a logarithm.
+            small = self._others < 1e-30
+            log_others = torch.where(small, self._log_others(), log_others)
+        return -log_others
 
     @cached_property
     def nll(self) -> Tensor:
@@ -146,6 +152,13 @@ class Predictions:
             else:
                 sums.append(scores.scatter(1, predicted, 0.0).sum(1))
         return torch.cat(sums).double()
+
+    def _log_others(self) -> Tensor:
+        parts = []
+        for scores, predicted in self._blocks(self.scores, self.predicted):
+            gaps = scores - scores.gather(1, predicted)
+            parts.append(gaps.scatter_(1, predicted, -torch.inf).logsumexp(1))
+        return torch.cat(parts).double()
 
     def _blocks(self, matrix: Tensor, column: Tensor) -> zip[tuple[Tensor, Tensor]]:
         """Yield blocks of rows with a column ``(n, 1)``: so few that they stay in the cache."""
@@ -245,9 +258,9 @@ def read_flags(argument: str, value: object, like: Tensor) -> Tensor:
     if flags.shape != like.shape:
         raise ValueError(wrong(argument, expected, describe(flags)))
     if flags.dtype != torch.bool:
-        if flags.is_complex() or (
-            flags.device.type == "cpu" and ((flags != 0) & (flags != 1)).any()
-        ):
+        # On an accelerator a look would stall the device.
+        looked_at = flags.device.type == "cpu"
+        if flags.is_complex() or (looked_at and ((flags != 0) & (flags != 1)).any()):
             raise ValueError(wrong(argument, expected, "other values"))
         flags = flags == 1
     return flags.detach().to(like.device)

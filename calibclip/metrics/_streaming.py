@@ -8,7 +8,6 @@ function of ``calibclip.metrics`` is its class, used once: the two cannot drift 
 from __future__ import annotations
 
 import copy
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from calibclip._checks import check_choice, describe, wrong
+from calibclip._checks import check_choice, describe, warn, wrong
 from calibclip.metrics._predictions import (
     NAN_POLICIES,
     REMEDY,
@@ -46,6 +45,10 @@ class Metric(ABC, Generic[Value]):
     """
 
     options: dict[str, Any]
+
+    # What messages call the values of an update.
+    _SCORES = "probs, logits"
+    _INFINITY_IS_LEGAL = False
 
     def __init__(self, **options: Any) -> None:
         check_choice("nan", options["nan"], NAN_POLICIES)
@@ -84,21 +87,23 @@ class Metric(ABC, Generic[Value]):
 
     def _checked_value(self) -> Value:
         faults = Faults(*(self._sums[f"n_{name}"] for name in Faults._fields))
-        faults.check("probs")
+        faults.check()
         count = int(faults.nonfinite)
         if count and self.options["nan"] == "raise":
-            got = f"{count} rows with NaN or infinity"
-            raise ValueError(wrong("probs, logits", "finite values", got, REMEDY))
+            expected = "values that are no NaN" if self._INFINITY_IS_LEGAL else "finite values"
+            raise ValueError(wrong(self._SCORES, expected, f"{self._faulty(count)}", REMEDY))
         if count and self.options["nan"] == "propagate":
             return type(self)(**self.options)._value()
         if count:
-            text = f"{type(self).__name__}: {count} rows with NaN or infinity were left out"
-            warnings.warn(text, MetricWarning, stacklevel=3)
+            warn(f"{type(self).__name__}: {self._faulty(count)} were left out", MetricWarning)
         return self._value()
+
+    def _faulty(self, count: int) -> str:
+        return f"{count} rows with NaN" + ("" if self._INFINITY_IS_LEGAL else " or infinity")
 
     @property
     def n_faulty(self) -> int:
-        """Rows so far that were not finite."""
+        """Rows so far that were not finite, or of a ranking NaN."""
         return int(self._sums["n_nonfinite"])
 
     def reset(self) -> Metric[Value]:
@@ -132,6 +137,7 @@ class Metric(ABC, Generic[Value]):
                 raise ValueError(wrong("others", f"options {self.options}", other.options))
         for other in others:
             self._accept(other)
+        for other in others:
             self._add(**other._sums)
             for name, column in other._columns.items():
                 self._columns[name].append(column.values)

@@ -81,9 +81,10 @@ class TorchMetric(_TorchMetric):
         value = whole.compute(sync=False)
         if isinstance(value, float):
             return torch.tensor(value, dtype=torch.float64)
-        if isinstance(value, tuple) and hasattr(value, "_asdict"):
-            terms = value._asdict().items()
-            return {name: torch.tensor(term, dtype=torch.float64) for name, term in terms}
+        if isinstance(value, tuple):
+            names: tuple[str, ...] = getattr(value, "_fields", ())
+            pairs = zip(names, value, strict=True)
+            return {name: torch.tensor(term, dtype=torch.float64) for name, term in pairs}
         if is_dataclass(value):
             columns = {field.name: getattr(value, field.name) for field in fields(value)}
             return {name: torch.tensor(column) for name, column in columns.items()}

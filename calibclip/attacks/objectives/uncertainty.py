@@ -18,7 +18,8 @@ from calibclip._checks import check_number
 from calibclip.attacks.objectives._numbers import at_least_float32, at_least_zero, never_flat
 from calibclip.attacks.objectives.classification import margin, misclassified
 from calibclip.attacks.objectives.record import Objective
-from calibclip.dirichlet import aleatoric_uncertainty, log_concentration
+from calibclip.dirichlet import log_concentration
+from calibclip.uncertainty import aleatoric_uncertainty
 
 # A class at -infinity is one of no share; this logit has none either, and a finite logarithm.
 _NO_SHARE = -1e30
