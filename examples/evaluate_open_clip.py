@@ -53,7 +53,7 @@ class Pairs:
 def attacks_by_name(eps: float, steps: int) -> dict[str, Any]:
     """Return the attacks that ``--attacks`` chooses from."""
     return {
-        "pgd": PGD(eps, steps, min(1 / 255, eps), select="last"),
+        "pgd": PGD(eps, steps, 1 / 255, select="last"),
         "worst": PGD(eps, steps, stop_when_fooled=False),
         "reliable": WorstCase.reliable(eps, steps=steps),
         "square": Square(eps, queries=50 * steps),

@@ -75,6 +75,9 @@ class Predictions:
 
         Logits are compared as they are: softmax rounds close logits to equal probabilities.
         """
+        if self.scores.device.type == "cpu":
+            # Several times as fast as torch's, and the lowest index is promised.
+            return torch.from_numpy(self.scores.numpy().argmax(axis=1))
         return self.scores.argmax(dim=1)
 
     @cached_property
@@ -90,9 +93,7 @@ class Predictions:
     @cached_property
     def confidence(self) -> Tensor:
         """Probability of the predicted class, shape ``(N,)``, in the dtype of the scores."""
-        if self.are_logits:
-            return (1 / (1 + self._others)).to(self.scores.dtype)
-        return _entries(self.scores, self.predicted)
+        return _entries(self.probs, self.predicted)
 
     @cached_property
     def log_odds(self) -> Tensor:
@@ -101,13 +102,11 @@ class Predictions:
         It ranks as the confidence does, and still tells apart what rounds to a confidence of 1.
         """
         log_others = self._others.log()
-        if not self.are_logits:
-            return self.confidence.double().log() - log_others
-        if self.scores.device.type != "cpu" or not bool((self._others > 0).all()):
-            # Shares that are too small for float32 still have a logarithm.
-            small = self._others < 1e-30
-            log_others = torch.where(small, self._log_others(), log_others)
-        return -log_others
+        if self.are_logits and not (_on_cpu(self.scores) and bool((self._others > 1e-30).all())):
+            # What is too small a share for float32 still has a logarithm.
+            tiny = self._others < 1e-30
+            log_others = torch.where(tiny, self._log_tiny_others(), log_others)
+        return self.confidence.double().log() - log_others
 
     @cached_property
     def nll(self) -> Tensor:
@@ -115,17 +114,29 @@ class Predictions:
         true = _entries(self.scores, self.target).double()
         if not self.are_logits:
             return -true.log()
-        return self._others.log1p() - (true - _entries(self.scores, self.predicted).double())
+        gap = _entries(self.scores, self.predicted).double() - true
+        return (self._others / self.confidence.double()).log1p() + gap
 
     @cached_property
     def brier(self) -> Tensor:
         """Squared distance from the one-hot target, shape ``(N,)``, float64."""
+        if not _on_cpu(self.probs):
+            return self._exact_brier(self.probs, self.target)
+        with torch.autocast("cpu", enabled=False):
+            squares = torch.linalg.vecdot(self.probs, self.probs).double()
+        score = squares - 2 * _entries(self.probs, self.target).double() + 1
+        # Where little is left of the 1, rounding is as well.
+        small = (score < 0.1).nonzero().squeeze(1)
+        exact = self._exact_brier(self.probs[small], self.target[small])
+        return score.index_copy_(0, small, exact)
+
+    def _exact_brier(self, probs: Tensor, target: Tensor) -> Tensor:
         # p - onehot(y), without a matrix of ones.
-        totals = []
-        for probs, true in self._blocks(self.probs, self.target):
-            residual = probs.scatter_add(1, true, probs.new_full(true.shape, -1.0))
-            totals.append(residual.square_().sum(1, dtype=torch.float64))
-        return torch.cat(totals)
+        totals = [probs.new_empty(0)]
+        for block, true in self._blocks(probs, target):
+            residual = block.scatter_add(1, true, block.new_full(true.shape, -1.0))
+            totals.append(residual.square_().sum(1))
+        return torch.cat(totals).double()
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -140,21 +151,17 @@ class Predictions:
 
     @cached_property
     def _others(self) -> Tensor:
-        """Probability of all other classes, of logits as a multiple of the predicted one's.
+        """Probability of all classes but the predicted one, shape ``(N,)``, float64.
 
-        Next to the predicted class's share, where that is near 1, theirs would vanish.
+        Summed without that one, next to which, where it is near 1, the others would vanish.
         """
-        sums = []
-        for scores, predicted in self._blocks(self.scores, self.predicted):
-            if self.are_logits:
-                scores = (scores - scores.gather(1, predicted)).exp_()
-                sums.append(scores.scatter_(1, predicted, 0.0).sum(1))
-            else:
-                sums.append(scores.scatter(1, predicted, 0.0).sum(1))
-        return torch.cat(sums).double()
+        blocks = self._blocks(self.probs, self.predicted)
+        sums = [probs.scatter(1, predicted, 0.0).sum(1) for probs, predicted in blocks]
+        return torch.cat([self.probs.new_empty(0), *sums]).double()
 
-    def _log_others(self) -> Tensor:
-        parts = []
+    def _log_tiny_others(self) -> Tensor:
+        """Its logarithm where the predicted class has a probability of all but 1."""
+        parts = [self.scores.new_empty(0)]
         for scores, predicted in self._blocks(self.scores, self.predicted):
             gaps = scores - scores.gather(1, predicted)
             parts.append(gaps.scatter_(1, predicted, -torch.inf).logsumexp(1))
@@ -166,6 +173,10 @@ class Predictions:
         if matrix.device.type != "cpu":
             rows *= 64  # few launches instead
         return zip(matrix.split(rows), column.unsqueeze(1).split(rows), strict=True)
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _entries(matrix: Tensor, column: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from calibclip.metrics._predictions import ArrayLike, Predictions
 from calibclip.metrics._streaming import Column, Metric, PredictionMetric
 from calibclip.metrics.reliability import NORMS
 
-# Entries of a block of rows that is worked on at once: 1 MB of float32.
+# Entries of a block of rows that is summed at once: 2 MB in float64.
 _BLOCK = 2**18
 NORMALIZATIONS = ("samples", "kept")
 
@@ -201,19 +202,17 @@ def _class_sums(probs: Tensor, target: Tensor, n_bins: int, threshold: float | N
         # No row has more than n_bins probabilities above the first bin: only those are binned one
         # by one, the first bin is what is left of the whole column.
         lowest = 1 / n_bins if threshold is None else threshold
-        bound = float(torch.tensor(lowest, dtype=torch.float64).to(probs.dtype))
-        totals = sum_probs.new_zeros(n_classes)
-        for block in probs.split(max(_BLOCK // n_classes, 1)):
-            above = _where(block > bound)
-            chosen = block.flatten()[above]
-            cell = (above % n_classes) * n_bins + torch.bucketize(chosen, edges)
-            n_samples.index_add_(0, cell, torch.ones_like(cell))
-            sum_probs.index_add_(0, cell, chosen.double())
-            totals += block.sum(0, dtype=torch.float64)
+        bound = torch.tensor(lowest, dtype=torch.float64).to(probs.dtype).numpy()
+        # NumPy compares several times as fast as torch does on the CPU.
+        above = _where(torch.from_numpy(np.greater(probs.numpy(), bound)))
+        chosen = probs.flatten()[above]
+        cell = (above % n_classes) * n_bins + torch.bucketize(chosen, edges)
+        n_samples.index_add_(0, cell, torch.ones_like(cell))
+        sum_probs.index_add_(0, cell, chosen.double())
         n_samples, sum_probs = n_samples.view(-1, n_bins), sum_probs.view(-1, n_bins)
         if threshold is None:
             n_samples[:, 0] += len(probs) - n_samples.sum(1)
-            sum_probs[:, 0] += totals - sum_probs.sum(1)
+            sum_probs[:, 0] += _column_sums(probs) - sum_probs.sum(1)
             # An empty bin holds what rounding left of the difference.
             sum_probs.masked_fill_(n_samples == 0, 0.0)
     else:
@@ -224,6 +223,13 @@ def _class_sums(probs: Tensor, target: Tensor, n_bins: int, threshold: float | N
         sum_probs.index_add_(0, cell, probs.flatten().double() * counted)
         n_samples, sum_probs = n_samples.view(-1, n_bins), sum_probs.view(-1, n_bins)
     return _ClassSums(n_samples, sum_probs, n_true.view(-1, n_bins))
+
+
+def _column_sums(probs: Tensor) -> Tensor:
+    total = torch.zeros(probs.shape[1], dtype=torch.float64)
+    for block in probs.split(max(_BLOCK // probs.shape[1], 1)):
+        total += block.sum(0, dtype=torch.float64)
+    return total
 
 
 def _where(flags: Tensor) -> Tensor:
