@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,24 @@ def _new_axes() -> Axes:
             'reliability_diagram needs matplotlib; run pip install "calibclip[plots]"'
         ) from error
     return plt.subplots(figsize=(4.4, 5.0), layout="constrained")[1]
+
+
+def _own_figure(width: float, height: float) -> Figure:
+    """Make a figure that pyplot does not know, and that a notebook shows all the same."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            'a figure needs matplotlib; run pip install "calibclip[plots]"'
+        ) from error
+
+    class Shown(Figure):
+        def _repr_png_(self) -> bytes:
+            image = io.BytesIO()
+            self.savefig(image, format="png", dpi=80)
+            return image.getvalue()
+
+    return Shown(figsize=(width, height), layout="constrained")
 
 
 def _draw_frame(ax: Axes, table: ReliabilityTable) -> None:
@@ -305,16 +324,10 @@ def report_figure(conditions: Mapping[str, Any], n_bins: int = 15) -> Figure:
         >>> len(report_figure(report.conditions).axes)  # one diagram, two uncertainties, the risk
         4
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            'a figure needs matplotlib; run pip install "calibclip[plots]"'
-        ) from error
     names = list(next(iter(conditions.values())).uncertainties)
     columns = max(len(conditions), min(len(names) + 1, 4))
     rows = math.ceil((len(names) + 1) / columns)
-    figure = Figure(figsize=(3.4 * columns, 4.2 + 2.8 * rows), layout="constrained")
+    figure = _own_figure(3.4 * columns, 4.2 + 2.8 * rows)
     grid = figure.add_gridspec(2, 1, height_ratios=[4.2, 2.8 * rows])
     above, below = (figure.add_subfigure(place) for place in grid)
     for (name, condition), ax in zip(

@@ -11,7 +11,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from calibclip import plots
+from calibclip import metrics, plots
 from calibclip.metrics import reliability_table
 from calibclip.plots import reliability_diagram
 
@@ -138,6 +138,68 @@ def test_panels_side_by_side_do_not_overlap(shape):
     figure.savefig(io.BytesIO(), format="png")
     boxes = [ax.get_tightbbox() for ax in figure.axes]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def heights(ax):
+    """The outlines of a histogram by label."""
+    return {patch.get_label(): patch.get_data() for patch in ax.patches if not patch.get_fill()}
+
+
+def test_histograms_share_their_bins_and_count_everybody():
+    rng = np.random.default_rng(0)
+    clean, attacked = rng.normal(size=500), rng.normal(1, 1, size=200)
+    attacked[:2] = [np.nan, 50.0]
+    ax = plots.uncertainty_histogram(
+        {"clean": clean, "pgd": attacked}, Figure().subplots(), n_bins=9, title="AU"
+    )
+    found = heights(ax)
+    assert list(found) == ["clean", "pgd"]
+    assert np.array_equal(found["clean"].edges, found["pgd"].edges)
+    for outline in found.values():
+        assert len(outline.values) == 9
+        assert outline.values.sum() == pytest.approx(1)
+    everything = np.concatenate([clean, attacked[1:]])
+    low, high = np.quantile(everything, [0.01, 0.99])
+    assert found["pgd"].edges[[0, -1]] == pytest.approx([low, high])
+    assert found["clean"].values[0] == pytest.approx(
+        np.mean(clean < found["clean"].edges[1]), abs=1e-12
+    )
+    assert ax.get_xscale() == "linear"
+
+
+def test_histograms_of_many_orders_are_logarithmic():
+    values = np.geomspace(1e-12, 1.0, 300)
+    ax = plots.uncertainty_histogram({"EU": values}, Figure().subplots())
+    assert ax.get_xscale() == "log"
+    assert heights(ax)["EU"].values.sum() == pytest.approx(1)
+    same = plots.uncertainty_histogram({"a": np.full(3, 2.0)}, Figure().subplots(), n_bins=2)
+    assert heights(same)["a"].edges.tolist() == [1.5, 2.0, 2.5]
+
+
+def test_risk_coverage_curves():
+    uncertainty, correct = np.array([0.1, 0.2, 0.3, 0.4]), np.array([1, 0, 1, 0])
+    curve = metrics.risk_coverage_curve(uncertainty, correct)
+    ax = plots.risk_coverage({"clean": curve}, Figure().subplots(), title="risk")
+    (line,) = ax.get_lines()
+    assert line.get_xdata().tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert line.get_ydata() == pytest.approx([0, 1 / 2, 1 / 3, 1 / 2])
+    assert line.get_drawstyle() == "steps-post"
+    assert ax.get_title() == "risk"
+
+
+@pytest.mark.parametrize(
+    ("draw", "argument", "error", "message"),
+    [
+        (plots.uncertainty_histogram, [1.0], TypeError, "uncertainties: expected a mapping from"),
+        (plots.uncertainty_histogram, {}, ValueError, "uncertainties: expected at least one fin"),
+        (plots.uncertainty_histogram, {"a": np.array([np.nan])}, ValueError, "one finite value"),
+        (plots.risk_coverage, [1.0], TypeError, "curves: expected a mapping from conditions"),
+        (plots.risk_coverage, {"a": 3}, TypeError, "curves: expected .*, got 'a': int"),
+    ],
+)
+def test_other_figures_refuse(draw, argument, error, message):
+    with pytest.raises(error, match=message):
+        draw(argument, Figure().subplots())
 
 
 def test_refuses_other_tables():
