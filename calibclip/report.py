@@ -17,6 +17,7 @@ import torch
 
 from calibclip._checks import check_choice, wrong
 from calibclip._tables import STYLES, Table, number
+from calibclip.metrics._table import ReliabilityTable, bin_sums, tabulate
 from calibclip.metrics.acceptance import accepted_and_wrong, clean_threshold
 from calibclip.metrics.bootstrap import Interval
 from calibclip.metrics.calibration_shift import (
@@ -28,7 +29,6 @@ from calibclip.metrics.calibration_shift import (
 from calibclip.metrics.detection import detection_auroc, detection_fpr95
 from calibclip.metrics.multilabel import AveragePrecisions, PrecisionRecallF1
 from calibclip.metrics.ranking import failure_auroc, failure_fpr95
-from calibclip.metrics.reliability import ReliabilityTable, bin_sums, tabulate
 from calibclip.metrics.selective import augrc, aurc
 from calibclip.metrics.shift import ShiftSummary, harmonic_mean_accuracy, uncertainty_shift
 

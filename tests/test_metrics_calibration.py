@@ -16,7 +16,7 @@ from calibclip.metrics import (
     reliability_table,
     signed_calibration_error,
 )
-from calibclip.metrics.calibration import bin_sums, tabulate
+from calibclip.metrics._table import bin_sums, tabulate
 
 COLUMNS = ["lower", "upper", "count", "confidence", "accuracy", "gap", "ci_lower", "ci_upper"]
 

@@ -349,7 +349,7 @@ class TestEveryMetric:
     def test_update_does_not_wait_for_the_device(self, name, sketch):
         metric = METRICS[name](sketch=sketch, nan="propagate")
         with oracles.NoLook():
-            metric.update(UNCERTAINTY, CORRECT)
+            assert metric.update(UNCERTAINTY, CORRECT) is metric
 
     def test_wrong_arguments(self, name):
         function = FUNCTIONS[name]

@@ -278,6 +278,8 @@ class TestAcceptedAndWrong:
             accepted_and_wrong(UNCERTAINTY, CORRECT + 1, 1.0)
 
     def test_update_does_not_wait_for_the_device(self):
+        accepted = AcceptedAndWrong(0.5, nan="propagate")
+        threshold = CleanThreshold(0.5, nan="propagate")
         with oracles.NoLook():
-            AcceptedAndWrong(0.5, nan="propagate").update(UNCERTAINTY, CORRECT.bool())
-            CleanThreshold(0.5, nan="propagate").update(UNCERTAINTY)
+            assert accepted.update(UNCERTAINTY, CORRECT.bool()) is accepted
+            assert threshold.update(UNCERTAINTY) is threshold

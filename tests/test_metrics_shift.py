@@ -225,8 +225,10 @@ def test_an_accelerator_is_not_waited_for():
     nothing = torch.ones(3, device="meta")
     flags = nothing.bool()
     for ranks in (False, True):
-        UncertaintyShift(ranks=ranks).update(nothing, nothing, flags, flags)
-    OverconfidenceOnErrors().update(nothing, flags)
+        metric = UncertaintyShift(ranks=ranks)
+        assert metric.update(nothing, nothing, flags, flags) is metric
+    errors = OverconfidenceOnErrors()
+    assert errors.update(nothing, flags) is errors
 
 
 def test_order_does_not_matter():

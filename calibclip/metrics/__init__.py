@@ -14,6 +14,7 @@ them into a collection of torchmetrics.
 from calibclip.metrics._streaming import (
     MetricWarning,
 )
+from calibclip.metrics._table import ReliabilityTable
 from calibclip.metrics.acceptance import (
     AcceptedAndWrong,
     CleanThreshold,
@@ -28,13 +29,10 @@ from calibclip.metrics.bootstrap import (
 from calibclip.metrics.calibration import (
     ExpectedCalibrationError,
     MaximumCalibrationError,
-    Reliability,
     SignedCalibrationError,
     SignedErrorTerms,
-    binary_reliability_table,
     expected_calibration_error,
     maximum_calibration_error,
-    reliability_table,
     signed_calibration_error,
 )
 from calibclip.metrics.calibration_shift import (
@@ -88,7 +86,9 @@ from calibclip.metrics.ranking import (
     fpr_at_tpr,
 )
 from calibclip.metrics.reliability import (
-    ReliabilityTable,
+    Reliability,
+    binary_reliability_table,
+    reliability_table,
 )
 from calibclip.metrics.scores import (
     Accuracy,

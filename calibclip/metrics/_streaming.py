@@ -248,6 +248,34 @@ class PredictionMetric(Metric[Value]):
     def _take(self, predictions: Predictions) -> None: ...
 
 
+class PerClass(Metric[Value]):
+    """Base of metrics with sums for each class, which may learn their number from the data."""
+
+    # Names of those sums, whose first dimension is the number of classes, 0 while it is not known.
+    _PER_CLASS: tuple[str, ...] = ()
+
+    def merge(self, *others: Metric[Value]) -> Metric[Value]:
+        """Take in the samples of others, see `Metric.merge`; those without a sample are passed."""
+        return super().merge(*(other for other in others if self._knows_something(other)))
+
+    def _knows_something(self, other: Metric[Value]) -> bool:
+        same = type(other) is type(self) and other.options == self.options
+        return not same or bool(len(other._sums[self._PER_CLASS[0]]))
+
+    def _accept(self, other: Metric[Value]) -> None:
+        self._grow(len(other._sums[self._PER_CLASS[0]]), "others")
+
+    def _grow(self, n_classes: int, argument: str) -> None:
+        """Allocate the sums once the number of classes is known."""
+        known = len(self._sums[self._PER_CLASS[0]])
+        if known == 0:
+            for name in self._PER_CLASS:
+                total = self._sums[name]
+                self._sums[name] = total.new_zeros(n_classes, *total.shape[1:])
+        elif known != n_classes:
+            raise ValueError(wrong(argument, f"{known} classes, as before", n_classes))
+
+
 class Column:
     """Numbers, one a sample, in one tensor that grows by doubling."""
 

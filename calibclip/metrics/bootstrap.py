@@ -29,7 +29,7 @@ from calibclip._checks import (
 from calibclip.metrics._binning import equal_width_edges
 from calibclip.metrics._predictions import NAN_POLICIES, REMEDY, ArrayLike, as_tensor, read_flags
 from calibclip.metrics._streaming import MetricWarning
-from calibclip.metrics.reliability import CLOSED, bin_sums, tabulate
+from calibclip.metrics._table import CLOSED, bin_sums, tabulate
 
 METHODS = ("percentile", "basic", "bca")
 

@@ -22,6 +22,7 @@ from calibclip._checks import (
 )
 from calibclip.metrics._predictions import NAN_POLICIES, ArrayLike
 from calibclip.metrics._streaming import Column, Metric
+from calibclip.metrics._table import CLOSED, ReliabilityTable, bin_sums, tabulate
 from calibclip.metrics.bootstrap import (
     Interval,
     binned_residuals,
@@ -32,7 +33,6 @@ from calibclip.metrics.bootstrap import (
     resampled_sums,
     sums_without_one,
 )
-from calibclip.metrics.reliability import CLOSED, ReliabilityTable, bin_sums, tabulate
 from calibclip.metrics.shift import Shown, cell, over, raise_faulty
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from calibclip._checks import check_choice, check_count, check_number, describe, wrong
 from calibclip.metrics._binning import equal_width_edges
 from calibclip.metrics._predictions import ArrayLike, Predictions
-from calibclip.metrics._streaming import Column, Metric, PredictionMetric
-from calibclip.metrics.reliability import NORMS
+from calibclip.metrics._streaming import Column, PerClass, PredictionMetric
+from calibclip.metrics._table import NORMS
 
 # Entries of a block of rows that is summed at once: 2 MB in float64.
 _BLOCK = 2**18
@@ -87,7 +87,7 @@ class _ClassSums(NamedTuple):
     n_true: Tensor
 
 
-class ClasswiseCalibrationError(PredictionMetric[float]):
+class ClasswiseCalibrationError(PerClass[float], PredictionMetric[float]):
     """`classwise_calibration_error` of a stream; three sums for each class and bin.
 
     Args:
@@ -109,6 +109,8 @@ class ClasswiseCalibrationError(PredictionMetric[float]):
         >>> metric.update(torch.tensor([[0.75, 0.25]]), target=torch.tensor([0])).compute()
         0.25
     """
+
+    _PER_CLASS = _ClassSums._fields
 
     def __init__(
         self,
@@ -148,28 +150,6 @@ class ClasswiseCalibrationError(PredictionMetric[float]):
         sums = _class_sums(probs, target, self.options["n_bins"], self.options["threshold"])
         rows = torch.full((), len(probs), dtype=torch.int64, device=probs.device)
         self._add(n_rows=rows, **sums._asdict())
-
-    def _accept(self, other: Metric[float]) -> None:
-        if len(other._sums["n_samples"]):
-            self._grow(len(other._sums["n_samples"]), "others")
-
-    def merge(self, *others: Metric[float]) -> Metric[float]:
-        """Take in the samples of others, see `Metric.merge`; those without a sample are passed."""
-        return super().merge(*(other for other in others if self._fits(other)))
-
-    def _fits(self, other: Metric[float]) -> bool:
-        same = type(other) is type(self) and other.options == self.options
-        return not same or bool(len(other._sums["n_samples"]))
-
-    def _grow(self, n_classes: int, argument: str) -> None:
-        """Allocate the sums once the number of classes is known."""
-        known = len(self._sums["n_samples"])
-        if known == 0:
-            for name in _ClassSums._fields:
-                total = self._sums[name]
-                self._sums[name] = total.new_zeros(n_classes, self.options["n_bins"])
-        elif known != n_classes:
-            raise ValueError(wrong(argument, f"{known} classes, as before", n_classes))
 
     def _value(self) -> float:
         n, sum_probs, n_true = (self._sums[name].double().cpu() for name in _ClassSums._fields)

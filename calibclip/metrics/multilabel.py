@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from calibclip._checks import check_count, check_floating, check_number, describe, wrong
 from calibclip.metrics._predictions import REMEDY, ArrayLike, Faults, as_tensor
-from calibclip.metrics._streaming import Column, Metric, Value
+from calibclip.metrics._streaming import Column, PerClass, Value
 
 _IGNORED = -1
 
@@ -151,11 +152,10 @@ def multilabel_precision_recall_f1(
     return metric.update(scores, target).compute(sync=False)
 
 
-class _Multilabel(Metric[Value]):
+class _Multilabel(PerClass[Value]):
     """Base: sums of shape ``(K,)``, empty until K is known."""
 
     _SCORES = "scores"
-    _SUMS: tuple[str, ...]
 
     def __init__(self, **options: Any) -> None:
         if options["n_classes"] is not None:
@@ -164,7 +164,7 @@ class _Multilabel(Metric[Value]):
 
     def _begin(self) -> tuple[dict[str, Tensor], dict[str, Column]]:
         zeros = torch.zeros(self.options["n_classes"] or 0, dtype=torch.int64)
-        return {name: zeros.clone() for name in self._SUMS}, {}
+        return {name: zeros.clone() for name in self._PER_CLASS}, {}
 
     @torch.no_grad()
     def update(self, scores: ArrayLike, target: ArrayLike) -> _Multilabel[Value]:
@@ -187,28 +187,8 @@ class _Multilabel(Metric[Value]):
         self._take(values, labels)
         return self
 
-    def _take(self, scores: Tensor, labels: Tensor) -> None:
-        raise NotImplementedError
-
-    def merge(self, *others: Metric[Value]) -> Metric[Value]:
-        """Take in the samples of others, see `Metric.merge`; those without a sample are passed."""
-        return super().merge(*(other for other in others if self._fits(other)))
-
-    def _fits(self, other: Metric[Value]) -> bool:
-        same = type(other) is type(self) and other.options == self.options
-        return not same or bool(len(other._sums[self._SUMS[0]]))
-
-    def _accept(self, other: Metric[Value]) -> None:
-        self._grow(len(other._sums[self._SUMS[0]]), "others")
-
-    def _grow(self, n_classes: int, argument: str) -> None:
-        """Allocate the sums once the number of classes is known."""
-        known = len(self._sums[self._SUMS[0]])
-        if known == 0:
-            for name in self._SUMS:
-                self._sums[name] = self._sums[name].new_zeros(n_classes)
-        elif known != n_classes:
-            raise ValueError(wrong(argument, f"{known} classes, as before", n_classes))
+    @abstractmethod
+    def _take(self, scores: Tensor, labels: Tensor) -> None: ...
 
 
 class MeanAveragePrecision(_Multilabel[AveragePrecisions]):
@@ -232,7 +212,7 @@ class MeanAveragePrecision(_Multilabel[AveragePrecisions]):
         0.5
     """
 
-    _SUMS = ("n_positive",)
+    _PER_CLASS = ("n_positive",)
 
     def __init__(self, *, n_classes: int | None = None, nan: str = "raise") -> None:
         super().__init__(n_classes=n_classes, nan=nan)
@@ -282,7 +262,7 @@ class MultilabelPrecisionRecallF1(_Multilabel[PrecisionRecallF1]):
         0.8
     """
 
-    _SUMS = ("n_hits", "n_predicted", "n_positive")
+    _PER_CLASS = ("n_hits", "n_predicted", "n_positive")
 
     def __init__(
         self,
@@ -318,7 +298,7 @@ class MultilabelPrecisionRecallF1(_Multilabel[PrecisionRecallF1]):
         )
 
     def _value(self) -> PrecisionRecallF1:
-        hits, predicted, positive = (self._sums[name].cpu().double() for name in self._SUMS)
+        hits, predicted, positive = (self._sums[name].cpu().double() for name in self._PER_CLASS)
         known = positive > 0
         precisions = hits[known] / predicted[known].clamp(min=1)
         recalls = hits[known] / positive[known]

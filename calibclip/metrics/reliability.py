@@ -1,309 +1,221 @@
-"""Sums per confidence bin, and the table and the errors that follow from them."""
+"""Accuracy against confidence, bin by bin: the table behind the calibration errors.
+
+Predictions become a confidence and a correctness per sample (`Predictions`), these sums per bin,
+and the sums a table (``_table.py``), whose errors are the metrics (``calibration.py``).
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
-from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from scipy.special import betaincinv, erf
 from torch import Tensor
 
-from calibclip.metrics._binning import equal_mass_cuts, equal_width_edges
+from calibclip._checks import check_choice, check_count, wrong
+from calibclip.metrics._predictions import ArrayLike, Predictions, read_binary
+from calibclip.metrics._streaming import Column, PredictionMetric, Value
+from calibclip.metrics._table import (
+    CLOSED,
+    INTERVALS,
+    BinSums,
+    ReliabilityTable,
+    bin_sums,
+    mass_table,
+    tabulate,
+)
 
-NORMS = (1, 2, math.inf)
-CLOSED = ("right", "left")
-INTERVALS = ("wilson", "clopper-pearson")
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class ReliabilityTable:
-    """Calibration per confidence bin, as `reliability_table` makes it.
-
-    Columns are read-only arrays of shape ``(n_bins,)``, int64 for ``count`` and else float64. An
-    empty bin has count 0 and NaN in the columns after it.
-    """
-
-    lower: np.ndarray
-    """Lower edge; of bins closed on the right not part of the bin (except 0 of the first)."""
-    upper: np.ndarray
-    """Upper edge; of bins closed on the right part of the bin."""
-    count: np.ndarray
-    """Number of samples."""
-    confidence: np.ndarray
-    """Mean confidence."""
-    accuracy: np.ndarray
-    """Share of correct samples."""
-    gap: np.ndarray
-    """``confidence - accuracy``: positive where the model is over-confident."""
-    ci_lower: np.ndarray
-    """Lower end of the 95 % interval of the accuracy, Wilson's unless asked otherwise."""
-    ci_upper: np.ndarray
-    """Upper end of the 95 % interval of the accuracy."""
-
-    def __post_init__(self) -> None:
-        for column in fields(self):
-            values = np.array(getattr(self, column.name))  # a copy, so that nobody else writes it
-            values.setflags(write=False)
-            object.__setattr__(self, column.name, values)
-
-    @property
-    def n_bins(self) -> int:
-        """Number of bins, empty ones included."""
-        return len(self.count)
-
-    @property
-    def total(self) -> int:
-        """Number of samples, N."""
-        return int(self.count.sum())
-
-    @property
-    def ece(self) -> float:
-        """Expected calibration error: the mean of ``|gap|`` over samples."""
-        return self._mean_over_samples(np.abs(self.gap))
-
-    @property
-    def mce(self) -> float:
-        """Maximum calibration error: the largest ``|gap|`` of a non-empty bin."""
-        return float(np.abs(self.gap[self.count > 0]).max()) if self.total else float("nan")
-
-    @property
-    def over_confidence(self) -> float:
-        """Mean over samples of the gap where it is positive."""
-        return self._mean_over_samples(np.maximum(self.gap, 0.0))
-
-    @property
-    def under_confidence(self) -> float:
-        """Mean over samples of minus the gap where it is negative; with the above adds to ECE."""
-        return self._mean_over_samples(np.maximum(-self.gap, 0.0))
-
-    def error(
-        self, norm: float = 1, *, debias: bool = False, squared: bool = False, min_count: int = 1
-    ) -> float:
-        """Return a norm of the gaps, weighted by the share of samples; see the ECE for formulas.
-
-        Args:
-            norm: 1 (ECE), 2 (RMS) or infinity (MCE).
-            debias: Take off what chance alone adds; of norms 1 and 2.
-            squared: Of norm 2: the square, which debiased is without bias and may be negative.
-            min_count: Bins with fewer samples do not count; for the largest gap.
-
-        Returns:
-            The error; NaN if no bin counts.
-        """
-        counted = self.count >= max(min_count, 1)
-        if not counted.any():
-            return math.nan
-        count, gap, accuracy = (x[counted] for x in (self.count, self.gap, self.accuracy))
-        if norm == math.inf:
-            return float(np.abs(gap).max())
-        weight, variance = count / count.sum(), accuracy * (1 - accuracy)
-        if norm == 1:
-            error = weight @ (_debiased_gap(gap, variance / count) if debias else np.abs(gap))
-            return float(error)
-        squares = gap**2
-        if debias:
-            # A bin of one sample says nothing of its variance.
-            squares = np.where(count > 1, squares - variance / np.maximum(count - 1, 1), 0.0)
-        error = float(weight @ squares)
-        return error if squared else math.sqrt(max(error, 0.0))
-
-    @property
-    def mean_confidence(self) -> float:
-        """Mean confidence over samples. Minus ``mean_accuracy`` it is the mean signed gap."""
-        return self._mean_over_samples(self.confidence)
-
-    @property
-    def mean_accuracy(self) -> float:
-        """Accuracy over samples."""
-        return self._mean_over_samples(self.accuracy)
-
-    def _mean_over_samples(self, column: np.ndarray) -> float:
-        filled = self.count > 0
-        if not filled.any():
-            return float("nan")
-        return float(self.count[filled] @ column[filled] / self.total)
-
-    def __repr__(self) -> str:
-        return (
-            f"ReliabilityTable(n_bins={self.n_bins}, total={self.total}, "
-            f"ece={self.ece:.4f}, mce={self.mce:.4f})"
-        )
-
-    def __str__(self) -> str:
-        lines = [self._names(), *self._cells()]
-        widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-        aligned = (
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-            for line in lines
-        )
-        return "\n".join([*aligned, self._summary()])
-
-    def _repr_html_(self) -> str:
-        """Table for notebooks."""
-        head = "".join(f"<th>{name}</th>" for name in self._names())
-        body = "".join(
-            "<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>"
-            for line in self._cells()
-        )
-        return (
-            f'<table style="text-align: right"><caption>{self._summary()}</caption>'
-            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        )
-
-    def _names(self) -> list[str]:
-        return [column.name for column in fields(self)]
-
-    def _cells(self) -> list[list[str]]:
-        formats = {"count": "d", "gap": "+.4f"}
-        columns = [
-            [
-                "-" if np.isnan(value) else format(value, formats.get(name, ".4f"))
-                for value in getattr(self, name)
-            ]
-            for name in self._names()
-        ]
-        return [list(line) for line in zip(*columns, strict=True)]
-
-    def _summary(self) -> str:
-        return f"N = {self.total}, ECE = {self.ece:.4f}, MCE = {self.mce:.4f}"
+BINNINGS = ("width", "mass")
 
 
-class BinSums(NamedTuple):
-    """Sums per bin, each of shape ``(n_bins,)``; those of several batches may be added."""
+def reliability_table(
+    probs: ArrayLike | None = None,
+    logits: ArrayLike | None = None,
+    target: ArrayLike | None = None,
+    n_bins: int = 15,
+    *,
+    binning: str = "width",
+    closed: str = "right",
+    interval: str = "wilson",
+    nan: str = "raise",
+) -> ReliabilityTable:
+    """Accuracy against confidence of the predicted class, per bin of confidence.
 
-    n_samples: Tensor
-    """Number of samples, int64."""
-    sum_confidence: Tensor
-    """Sum of confidences, float64."""
-    n_correct: Tensor
-    """Number of correct samples, int64."""
+    The confidence of a sample is its largest probability, and the sample is correct if that class
+    is the true one (of equal scores the lowest index). With two classes, too, this is the predicted
+    class and not the positive one, so that no confidence is below 1/K; `binary_reliability_table`
+    is for the positive class. Bins of equal width are closed on the right: bin b of n holds
+    confidences in ``(b/n, (b+1)/n]``, the first also 0.
 
-
-def bin_sums(confidence: Tensor, correct: Tensor, n_bins: int, closed: str = "right") -> BinSums:
-    """Sum samples per equal-width bin of their confidence.
+    Confidences and bin edges are compared in one dtype, float64 for float64 input and else float32,
+    with every edge rounded to it once. A confidence equal to ``float32(b/n)`` hence counts as b/n.
 
     Args:
-        confidence: Shape ``(N,)``, float32 or float64.
-        correct: Shape ``(N,)``, bool, on the same device.
+        probs: Probabilities, shape ``(N, K)``, floating point. Give this or ``logits``.
+        logits: Logits, shape ``(N, K)``, floating point. Give this or ``probs``.
+        target: True classes, shape ``(N,)``, any integer dtype. Required.
+        n_bins: Number of bins, at least 1.
+        binning: ``"width"`` or ``"mass"``, see `expected_calibration_error`.
+        closed: Which edge belongs to a bin of equal width, ``"right"`` or ``"left"``.
+        interval: Of the accuracies, 95 %: ``"wilson"``, or ``"clopper-pearson"``, which is wider
+            and covers at least that.
+        nan: What rows that are not finite do: ``"raise"``, ``"omit"`` (a warning tells how many) or
+            ``"propagate"`` (the result is NaN).
+
+    Returns:
+        The table; with ``N = 0`` all its counts are 0 and its errors NaN.
+
+    Raises:
+        TypeError: Not exactly one of ``probs`` and ``logits`` is given, ``target`` is missing, or
+            a type is wrong.
+        ValueError: A shape, a class index or an option is wrong, or a row of scores is invalid.
+
+    Example:
+        >>> import torch
+        >>> from calibclip import metrics
+        >>> probs = torch.tensor([[0.75, 0.25], [0.75, 0.25], [0.0, 1.0], [0.6, 0.4]])
+        >>> target = torch.tensor([0, 1, 1, 0])
+        >>> print(metrics.reliability_table(probs, target=target, n_bins=4))
+         lower   upper  count  confidence  accuracy      gap  ci_lower  ci_upper
+        0.0000  0.2500      0           -         -        -         -         -
+        0.2500  0.5000      0           -         -        -         -         -
+        0.5000  0.7500      3      0.7000    0.6667  +0.0333    0.2077    0.9385
+        0.7500  1.0000      1      1.0000    1.0000  +0.0000    0.2065    1.0000
+        N = 4, ECE = 0.0250, MCE = 0.0333
+
+    References:
+        Guo, Pleiss, Sun, Weinberger (2017), On Calibration of Modern Neural Networks, section 2
+        (confidence and accuracy of a bin), https://arxiv.org/abs/1706.04599. Brown, Cai, DasGupta
+        (2001), Interval Estimation for a Binomial Proportion, eq. 4 (the Wilson interval),
+        https://doi.org/10.1214/ss/1009213286
+    """
+    metric = Reliability(n_bins, binning=binning, closed=closed, interval=interval, nan=nan)
+    return metric.update(probs, logits, target).compute(sync=False)
+
+
+def binary_reliability_table(
+    probs: ArrayLike,
+    target: ArrayLike,
+    n_bins: int = 15,
+    *,
+    binning: str = "width",
+    closed: str = "right",
+    interval: str = "wilson",
+    nan: str = "raise",
+) -> ReliabilityTable:
+    """Frequency of the positive class against its probability, per bin.
+
+    What `reliability_table` is for the predicted class: the column ``confidence`` is the mean
+    probability of the positive class, ``accuracy`` its share. The table's ``error`` gives the
+    calibration errors.
+
+    Args:
+        probs: Probability of the positive class, shape ``(N,)``, floating point.
+        target: Whether it is the true one, shape ``(N,)``, bool or 0 and 1.
+        n_bins: Number of bins, at least 1.
+        binning: ``"width"`` or ``"mass"``, see `expected_calibration_error`.
+        closed: Which edge belongs to a bin of equal width, ``"right"`` or ``"left"``.
+        interval: ``"wilson"`` or ``"clopper-pearson"``, see `reliability_table`.
+        nan: What rows that are not finite do: ``"raise"``, ``"omit"`` (a warning tells how many) or
+            ``"propagate"`` (the result is NaN).
+
+    Returns:
+        The table; with ``N = 0`` all its counts are 0 and its errors NaN.
+
+    Raises:
+        TypeError: A type is wrong.
+        ValueError: A shape or an option is wrong, ``probs`` is outside [0, 1], or ``target`` is
+            neither 0 nor 1.
+
+    Example:
+        >>> import torch
+        >>> from calibclip import metrics
+        >>> probs = torch.tensor([0.25, 0.25, 0.55, 0.75, 0.75])
+        >>> target = torch.tensor([0, 0, 1, 1, 1])
+        >>> table = metrics.binary_reliability_table(probs, target, n_bins=2)
+        >>> round(table.ece, 4), round(table.mce, 4)
+        (0.29, 0.3167)
+    """
+    metric = Reliability(n_bins, binning=binning, closed=closed, interval=interval, nan=nan)
+    with torch.no_grad():
+        confidence, correct, faults = read_binary(probs, target, nan)
+        metric.take_pairs(confidence, correct)
+        metric.count_faults(faults)
+    return metric.compute(sync=False)
+
+
+class Binned(PredictionMetric[Value]):
+    """Base: sums per bin of equal width, or for bins of equal mass 5 bytes a sample."""
+
+    def __init__(self, **options: Any) -> None:
+        options["n_bins"] = check_count("n_bins", options["n_bins"], at_least=1)
+        check_choice("binning", options["binning"], BINNINGS)
+        check_choice("closed", options["closed"], CLOSED)
+        if options["binning"] == "mass" and options["closed"] != "right":
+            raise ValueError(
+                wrong("closed", "'right' with binning='mass'", repr(options["closed"]))
+            )
+        super().__init__(**options)
+
+    def _begin(self) -> tuple[dict[str, Tensor], dict[str, Column]]:
+        if self.options["binning"] == "mass":
+            return {}, {"confidence": Column(torch.float32), "correct": Column(torch.uint8)}
+        nothing = bin_sums(torch.zeros(0), torch.zeros(0).bool(), self.options["n_bins"])
+        return nothing._asdict(), {}
+
+    def _take(self, predictions: Predictions) -> None:
+        self.take_pairs(predictions.confidence, predictions.correct)
+
+    def take_pairs(self, confidence: Tensor, correct: Tensor) -> None:
+        """Take in confidences, shape ``(N,)``, floating, and correctness, shape ``(N,)``, bool."""
+        if self.options["binning"] == "mass":
+            self._append(confidence=confidence, correct=correct)
+        else:
+            n_bins, closed = self.options["n_bins"], self.options["closed"]
+            self._add(**bin_sums(confidence, correct, n_bins, closed)._asdict())
+
+    def _table(self) -> ReliabilityTable:
+        interval = self.options.get("interval", "wilson")
+        if self.options["binning"] == "mass":
+            confidence, correct = (self._columns[name].values for name in ("confidence", "correct"))
+            return mass_table(confidence, correct, self.options["n_bins"], interval)
+        return tabulate(BinSums(*(self._sums[name] for name in BinSums._fields)), None, interval)
+
+
+class Reliability(Binned[ReliabilityTable]):
+    """`reliability_table` of a stream.
+
+    Args:
         n_bins: Number of bins.
-        closed: Which edge belongs to a bin, ``"right"`` or ``"left"``.
+        binning: ``"width"``, with a state of three sums a bin, or ``"mass"``, with 5 bytes a
+            sample.
+        closed: ``"right"`` or ``"left"``.
+        interval: ``"wilson"`` or ``"clopper-pearson"``.
+        nan: ``"raise"``, ``"omit"`` or ``"propagate"``.
 
-    Returns:
-        The sums.
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of range.
+
+    Example:
+        >>> import torch
+        >>> metric = Reliability(n_bins=2)
+        >>> for probs in torch.tensor([[[0.75, 0.25]], [[0.0, 1.0]]]):
+        ...     _ = metric.update(probs, target=torch.tensor([1]))
+        >>> metric.compute()
+        ReliabilityTable(n_bins=2, total=2, ece=0.3750, mce=0.3750)
     """
-    # Interior edges only, so that 0 falls into the first bin and 1 into the last whatever the
-    # closure.
-    edges = equal_width_edges(n_bins, confidence.dtype, confidence.device)
-    index = torch.bucketize(confidence, edges, right=closed == "left")
-    zeros = torch.zeros(n_bins, dtype=torch.int64, device=confidence.device)
-    return BinSums(
-        n_samples=zeros.index_add(0, index, torch.ones_like(index)),
-        sum_confidence=zeros.double().index_add(0, index, confidence.double()),
-        n_correct=zeros.index_add(0, index, correct.long()),
-    )
 
+    def __init__(
+        self,
+        n_bins: int = 15,
+        *,
+        binning: str = "width",
+        closed: str = "right",
+        interval: str = "wilson",
+        nan: str = "raise",
+    ) -> None:
+        check_choice("interval", interval, INTERVALS)
+        super().__init__(n_bins=n_bins, binning=binning, closed=closed, interval=interval, nan=nan)
 
-def mass_table(
-    confidence: Tensor, correct: Tensor, n_bins: int, interval: str = "wilson"
-) -> ReliabilityTable:
-    """Tabulate bins of about equal numbers of samples; equal confidences stay together.
-
-    Args:
-        confidence: Shape ``(N,)``, float32 or float64.
-        correct: Shape ``(N,)``, bool, on the same device.
-        n_bins: Number of bins asked for; ties may leave fewer.
-        interval: See `tabulate`.
-
-    Returns:
-        The table. A bin reaches from the largest confidence of the one before to its own largest.
-    """
-    if len(confidence) == 0:
-        return tabulate(bin_sums(confidence, correct, 1), interval=interval)
-    ranked, order = confidence.double().cpu().sort()
-    cuts = equal_mass_cuts(ranked, n_bins)
-    ends = torch.cat([cuts, cuts.new_tensor([len(ranked)])])
-    index = torch.bucketize(torch.arange(len(ranked)), cuts, right=True)
-    zeros = torch.zeros(len(ends), dtype=torch.int64)
-    sums = BinSums(
-        n_samples=zeros.index_add(0, index, torch.ones_like(index)),
-        sum_confidence=zeros.double().index_add(0, index, ranked),
-        n_correct=zeros.index_add(0, index, correct.cpu()[order].long()),
-    )
-    upper = ranked[ends - 1].numpy().copy()
-    upper[-1] = max(upper[-1], 1.0)
-    return tabulate(sums, np.concatenate([[0.0], upper]), interval)
-
-
-def tabulate(
-    sums: BinSums, edges: np.ndarray | None = None, interval: str = "wilson"
-) -> ReliabilityTable:
-    """Turn sums per bin into means, gaps and intervals.
-
-    Args:
-        sums: From `bin_sums`, of one batch or added up over several, on any device.
-        edges: Of the bins, one more than there are bins; None: of equal width.
-        interval: ``"wilson"``, or ``"clopper-pearson"``, which covers at least 95 %.
-
-    Returns:
-        The table, with NaN in the columns of an empty bin that would divide by its count.
-    """
-    count, confidence, correct = (column.cpu().numpy() for column in sums)
-    samples = np.where(count > 0, count, np.nan)  # an empty bin becomes NaN without a 0 / 0
-    mean_confidence, accuracy = confidence / samples, correct / samples
-    if interval == "wilson":
-        ci_lower, ci_upper = _wilson_interval(accuracy, samples)
-    else:
-        ci_lower, ci_upper = _clopper_pearson_interval(correct, samples)
-    if edges is None:
-        edges = np.arange(len(count) + 1) / len(count)
-    return ReliabilityTable(
-        lower=edges[:-1],
-        upper=edges[1:],
-        count=count,
-        confidence=mean_confidence,
-        accuracy=accuracy,
-        gap=mean_confidence - accuracy,
-        ci_lower=ci_lower,
-        ci_upper=ci_upper,
-    )
-
-
-def _wilson_interval(share: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of a binomial share; unlike the normal one it has a width at 0 and 1, too."""
-    z = NormalDist().inv_cdf(0.975)
-    centre = share + z**2 / (2 * samples)
-    half_width = z * np.sqrt(share * (1 - share) / samples + (z / (2 * samples)) ** 2)
-    lower, upper = (centre + sign * half_width for sign in (-1, 1))
-    shrink = 1 + z**2 / samples
-    # Rounding must leave neither [0, 1] nor the share itself outside.
-    return np.clip(lower / shrink, 0, share), np.clip(upper / shrink, share, 1)
-
-
-def _clopper_pearson_interval(
-    successes: np.ndarray, samples: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of a binomial share by inverting the exact test."""
-    failures = samples - successes
-    # At no success and at no failure an end is 0 or 1; the beta function has no such parameter.
-    lower = betaincinv(np.maximum(successes, 1), failures + 1, 0.025)
-    upper = betaincinv(successes + 1, np.where(failures == 0, 1, failures), 0.975)
-    empty = np.isnan(samples)
-    lower = np.where(empty, np.nan, np.where(successes == 0, 0.0, lower))
-    return lower, np.where(empty, np.nan, np.where(failures == 0, 1.0, upper))
-
-
-def _debiased_gap(gap: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    r"""Return ``2|d| - E|d + s z|`` for standard normal z, ``s^2`` the variance of the accuracy.
-
-    :math:`E|d + s z| = s \sqrt{2/\pi} e^{-d^2/2s^2} + d \operatorname{erf}(d / s\sqrt 2)`; with
-    s = 0 it is ``|d|``.
-    """
-    spread = np.sqrt(variance)
-    ratio = np.abs(gap) / np.where(spread > 0, spread, 1.0)
-    inflated = spread * math.sqrt(2 / math.pi) * np.exp(-(ratio**2) / 2)
-    inflated = inflated + np.abs(gap) * erf(ratio / math.sqrt(2))
-    return 2 * np.abs(gap) - np.where(spread > 0, inflated, np.abs(gap))
+    def _value(self) -> ReliabilityTable:
+        return self._table()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -28,12 +29,12 @@ _UNKNOWN, _FAULTY, _N_GROUPS = 4, 5, 6
 _NO_VARIANCE = 1e-14
 
 
-class Shown:
+class Shown(ABC):
     """Base of the records that are shown as a table."""
 
+    @abstractmethod
     def _lines(self) -> list[list[str]]:
         """Return the lines of the table, the first its head."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         lines = self._lines()

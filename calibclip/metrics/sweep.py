@@ -11,7 +11,7 @@ from calibclip._checks import describe, wrong
 from calibclip.metrics._binning import equal_mass_cuts
 from calibclip.metrics._predictions import ArrayLike, Predictions
 from calibclip.metrics._streaming import Column, PredictionMetric
-from calibclip.metrics.reliability import NORMS, mass_table
+from calibclip.metrics._table import NORMS, mass_table
 
 
 def sweep_calibration_error(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from calibclip._checks import check_choice, check_count, wrong
+from calibclip.metrics._binning import equal_mass_cuts
 from calibclip.metrics._predictions import ArrayLike
 from calibclip.recalibration._common import (
     PlainState,
@@ -197,9 +198,6 @@ def _index(confidence: Tensor, edges: tuple[float, ...]) -> Tensor:
 
 
 def _mass_edges(confidence: Tensor, n_bins: int) -> tuple[float, ...]:
-    ordered = confidence.sort().values
-    count = len(ordered)
-    # The last sample of each bin but the last; being an edge, it takes its equals with it.
-    last = [b * count // n_bins - 1 for b in range(1, n_bins)]
-    edges = sorted({ordered[rank].item() for rank in last if rank >= 0})
-    return tuple(edge for edge in edges if edge < ordered[-1].item())
+    ranked = confidence.sort().values
+    # The last confidence of each bin but the last.
+    return tuple(ranked[equal_mass_cuts(ranked, n_bins) - 1].tolist())
