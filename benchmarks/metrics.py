@@ -72,6 +72,14 @@ def hand_values() -> list[tuple[str, str, float, float]]:
         "ECE": (0.15, metrics.expected_calibration_error(**given, n_bins=2)),
         "MCE": (0.5, metrics.maximum_calibration_error(**given, n_bins=2)),
     })  # fmt: skip
+    for case, pairs, truth, want in (
+        ("G", [0.2, 0.2, 0.8, 0.8], [0, 1, 1, 1], (0.19, 0.065, 0.0625, 0.1875, 0.0, 0.0)),
+        ("H", [0.1, 0.3, 0.6, 0.9], [0, 1, 0, 1], (0.2175, 0.07625, 0.0, 0.25, 0.01625, 0.125)),
+    ):
+        metric = metrics.BrierDecomposition(2)
+        metric.take_pairs(torch.tensor(pairs, dtype=torch.float64), torch.tensor(truth).bool())
+        terms = metric.compute()._asdict().items()
+        add(case, {name: (w, got) for w, (name, got) in zip(want, terms, strict=True)})
     doubt = torch.tensor([0.1, 0.2, 0.3, 0.4])
     right = torch.tensor([1, 0, 1, 0])
     add("I", {
@@ -92,11 +100,19 @@ def hand_values() -> list[tuple[str, str, float, float]]:
     }
     add("K", {"smooth ECE": (0.3, metrics.smooth_calibration_error(**k)),
               "ECE": (0.3, metrics.expected_calibration_error(**k))})  # fmt: skip
+    for off, want in ((0.1, 0.0988559), (0.3, 0.2218476)):
+        add("L", {f"smooth ECE, a = {off}": (want, smooth_two_sided(off))})
+    add("L", {"at a width of 0.1": (0.0987581, smooth_two_sided(0.1, bandwidth=0.1))})
     m: dict[str, Any] = {
         "probs": torch.tensor([[0.9, 0.1], [0.8, 0.2]]),
         "target": torch.tensor([1, 0]),
     }
-    add("M", {"MMCE": (0.377370, metrics.mmce(**m))})
+    top: dict[str, Any] = {**m, "calibration": "top-label", "bandwidth": 0.4}
+    add("M", {
+        "MMCE": (0.377370, metrics.mmce(**m)),
+        "SKCE unbiased": (-0.140184, metrics.kernel_calibration_error(**top, estimator="unbiased")),
+        "SKCE biased": (0.142408, metrics.kernel_calibration_error(**top, estimator="biased")),
+    })  # fmt: skip
     n = binary([0.75] * 4, [1, 1, 1, 0], 1)
     exact = binary([0.75] * 4, [1, 1, 1, 0], 1, interval="clopper-pearson")
     add("N", {"Wilson, lower": (0.300642, float(n.ci_lower[0])),
@@ -125,7 +141,29 @@ def hand_values() -> list[tuple[str, str, float, float]]:
             for name, function, want in zip(names, functions, values, strict=True)
             if want is not None
         })  # fmt: skip
+    one = torch.tensor([[28.0] + [0.0] * 9])
+    left, _ = metrics.failure_scores(logits=one, target=torch.tensor([0]))
+    add("Q", {"1 - largest share": (6.222960e-12, math.exp(float(left)))})
+    many = torch.full((10,), 28.0)
+    add("R", {
+        "MI": (3.111480e-13, float(calibclip.mutual_information(many))),
+        "AU": (2.3025851, float(calibclip.aleatoric_uncertainty(many))),
+        "DE": (-135.10411, float(calibclip.differential_entropy(many))),
+    })  # fmt: skip
+    for alpha, want in (((5.0, 3.0, 2.0), 0.413333), ((6.0, 6.0, 1.0), 10 / 13)):
+        found = float(calibclip.dissonance(torch.tensor(alpha).log()))
+        add("S", {f"dissonance of {alpha}": (want, found)})
     return rows
+
+
+def smooth_two_sided(off: float, **options: Any) -> float:
+    """Return the smooth ECE of half at 1/4, right more often by ``off``, half at 3/4."""
+    count = 1000
+    low = torch.full((count, 4), 0.25)
+    high = torch.tensor([[0.75, 0.25 / 3, 0.25 / 3, 0.25 / 3]]).expand(count, 4)
+    right = (round(count * (0.25 + off)), round(count * (0.75 - off)))
+    target = torch.cat([(torch.arange(count) >= n).long() for n in right])
+    return metrics.smooth_calibration_error(torch.cat([low, high]), target=target, **options)
 
 
 def check_hand_values() -> bool:
