@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from calibclip._checks import check_choice
 
 STYLES = ("text", "markdown", "latex")
-_LATEX = {"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "Δ": r"$\Delta$"}
+_LATEX = {
+    **{letter: f"\\{letter}" for letter in "%&_#${}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import pickle
+import re
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from calibclip._checks import check_count, check_flag, check_number, describe, w
 from calibclip._modules import evaluation_mode
 from calibclip._progress import progress_bar
 from calibclip.attacks._arguments import check_found
+from calibclip.attacks._model import borrowed
 from calibclip.dirichlet import DirichletHead
 from calibclip.metrics._predictions import Predictions, read_predictions
 from calibclip.metrics.classwise import ClasswiseCalibrationError
@@ -61,9 +66,10 @@ def evaluate(
 ) -> Report:
     r"""Evaluate a classifier on clean and on attacked images.
 
-    Each batch is classified as it is, then attacked by every attack, and classified again: in eval
-    mode, without autocast or gradients, from what the attack returned. Every sample is therefore
-    known under every condition, and what is compared is paired.
+    Each batch is classified as it is, then attacked by every attack, and what the attack returned
+    is classified again. A module is in eval mode all the while, and judged without autocast; a
+    plain function runs as it is. Every sample is known under every condition, and what is compared
+    is paired.
 
     **Uncertainties** of each prediction: ``"msp"``, minus the log-odds of the largest softmax
     probability, which ranks as one minus that probability and does not saturate; ``"entropy"`` of
@@ -72,7 +78,8 @@ def evaluate(
 
     **Long runs.** With a ``checkpoint`` the results so far are written every half minute, and the
     same call goes on where it was cut off. The loader must yield the same batches in the same order
-    (``shuffle=False``); batches that are passed over are compared with what was seen.
+    (``shuffle=False``): batches that are passed over are compared with what was seen, and the first
+    is classified again, to know the classifier.
 
     Args:
         classifier: Callable from images to logits ``(B, K)``, such as a `ZeroShotClassifier`.
@@ -80,8 +87,9 @@ def evaluate(
             int64; with ``multilabel`` ``(B, K)``, 0 or 1.
         attacks: By name, callables ``(classifier, images, target)`` that return images or a result
             that holds them: any of ``calibclip.attacks``, a `WorstCase` too. ``"clean"`` is taken.
-        head: Callable from logits to ``log_alpha``, such as a `DirichletHead`. None: of a
-            classifier with a ``logit_scale``, the head at the paper's T = 0.07; else none.
+        head: Callable from logits ``(B, K)`` to ``log_alpha`` of that shape, such as a
+            `DirichletHead`. None: of a classifier whose ``logit_scale`` is a number, the head at
+            the paper's T = 0.07; else none.
         n_bins: Of the calibration errors.
         device: Where batches are moved to; None: that of the classifier's first parameter or
             buffer, or as they are.
@@ -98,8 +106,8 @@ def evaluate(
     Raises:
         TypeError: An argument, or what the classifier, the head or an attack returned, has the
             wrong type.
-        ValueError: An option or a shape is wrong, there is no batch, or the checkpoint is of
-            another evaluation.
+        ValueError: An option or a shape is wrong, logits are not finite, there is no image, or the
+            checkpoint is of another evaluation.
 
     Example:
         >>> from calibclip import PGD
@@ -120,7 +128,8 @@ def evaluate(
     check_flag("multilabel", multilabel)
     if head is None and not multilabel:
         scale = getattr(classifier, "logit_scale", None)
-        head = DirichletHead(logit_scale=scale) if isinstance(scale, float) else None
+        if isinstance(scale, Real):
+            head = DirichletHead(logit_scale=float(scale))
     elif head is not None and not callable(head):
         raise TypeError(wrong("head", "a callable from logits to log_alpha", describe(head)))
     if progress is None:
@@ -133,25 +142,27 @@ def evaluate(
         name: _MultilabelRecord(top_k) if multilabel else _Record(n_bins, head) for name in names
     }
     options = {
-        "attacks": {name: repr(attack) for name, attack in attacks.items()},
-        "head": None if head is None else repr(head),
+        "attacks": {name: _described(attack) for name, attack in attacks.items()},
+        "head": None if head is None or multilabel else _described(head),
         "n_bins": n_bins,
         "multilabel": multilabel,
-        "top_k": top_k,
+        "top_k": top_k if multilabel else None,
     }
     seconds = check_number("checkpoint_seconds", checkpoint_seconds, at_least=0)
     memory = _Checkpoint(checkpoint, seconds, options, records)
-    total = len(loader) if hasattr(loader, "__len__") else 0  # pyright: ignore[reportArgumentType]
-    with progress_bar(progress, total or None, "evaluate", "batch") as moved_on:
+    with progress_bar(progress, _length(loader), "evaluate", "batch") as moved_on:
         for images, target in loader:
-            if not memory.has_seen(images, target):
-                moved = images.to(device), target.to(device)
-                _evaluate_batch(classifier, attacks, records, *moved)
-                memory.keep()
+            seen = memory.has_seen(images, target)
+            images, target = images.to(device), target.to(device)
+            if not seen:
+                logits = _evaluate_batch(classifier, attacks, records, images, target)
+                memory.keep(logits)
+            elif memory.position == 1:
+                memory.check_classifier(_judged(classifier, images))
             moved_on(1)
-    memory.end()
     if memory.n_samples == 0:
         raise ValueError(wrong("loader", "at least one image", "none"))
+    memory.end()
     return Report({name: record.condition() for name, record in records.items()}, options)
 
 
@@ -161,37 +172,41 @@ def _evaluate_batch(
     records: Mapping[str, Any],
     images: Tensor,
     target: Tensor,
-) -> None:
+) -> Tensor:
+    """Take a batch into the records; return the logits of the clean images."""
+    clean = images.new_empty(0)
     for name, record in records.items():
         began = time.perf_counter()
         shown = images
         if name != CLEAN:
-            found = attacks[name](classifier, images, target)
+            with borrowed(classifier):
+                found = attacks[name](classifier, images, target)
             shown = check_found(found, images).to(images.dtype)
-        with _judging(classifier, images.device.type):
-            logits = classifier(shown)
-            record.take(logits, target)
+        logits = _judged(classifier, shown)
+        bad = int((~logits.amax(1).isfinite()).sum()) if logits.numel() else 0
+        if bad:
+            got = f"{bad} of {len(logits)} rows with NaN or infinity on {name!r} images"
+            raise ValueError(wrong("classifier", "finite logits", got))
+        record.take(logits, target.cpu())
         record.seconds += time.perf_counter() - began
+        clean = logits if name == CLEAN else clean
+    return clean
 
 
-class _judging:
-    """In eval mode, without gradients or autocast."""
-
-    def __init__(self, classifier: Classifier, device: str) -> None:
-        module = isinstance(classifier, nn.Module)
-        self.contexts = (
-            evaluation_mode(classifier) if module else nullcontext(),
-            torch.no_grad(),
-            torch.autocast(device, enabled=False),
-        )
-
-    def __enter__(self) -> None:
-        for context in self.contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self.contexts):
-            context.__exit__(*error)
+def _judged(classifier: Classifier, images: Tensor) -> Tensor:
+    """Return the logits in eval mode, without gradients or autocast, on the CPU."""
+    with (
+        evaluation_mode(classifier) if isinstance(classifier, nn.Module) else nullcontext(),
+        torch.no_grad(),
+        torch.autocast(images.device.type, enabled=False),
+    ):
+        logits = classifier(images)
+    expected = f"logits of shape (B, K) with B = {len(images)}"
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(wrong("classifier", expected, describe(logits)))
+    if logits.ndim != 2 or len(logits) != len(images):
+        raise ValueError(wrong("classifier", expected, describe(logits)))
+    return logits.detach().cpu()
 
 
 class _Record:
@@ -225,6 +240,10 @@ class _Record:
         found = {"msp": -predictions.log_odds, "entropy": predictions.entropy}
         if self.head is not None:
             log_alpha = self.head(predictions.scores)
+            shape = tuple(predictions.scores.shape)
+            if not isinstance(log_alpha, Tensor) or tuple(log_alpha.shape) != shape:
+                expected = f"log_alpha of the shape of the logits, {shape}"
+                raise ValueError(wrong("head", expected, describe(log_alpha)))
             found.update({name: measure(log_alpha) for name, measure in _DIRICHLET.items()})
         return found
 
@@ -297,6 +316,7 @@ class _Checkpoint:
         self.options, self.records, self.seconds = options, records, seconds
         self.n_samples, self.position = 0, 0
         self.digests: list[str] = []
+        self.sample = torch.empty(0)  # the logits of the first batch
         self.written = time.monotonic()
         if self.path is not None and self.path.exists():
             self._load(self.path)
@@ -311,7 +331,9 @@ class _Checkpoint:
             return False
         digest = hashlib.sha256()
         for tensor in (images, target):
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(numbers.numpy().tobytes())
         self.position += 1
         if self.position > len(self.digests):
             self.digests.append(digest.hexdigest())
@@ -322,7 +344,18 @@ class _Checkpoint:
             raise ValueError(wrong("loader", expected, "another batch", remedy))
         return True
 
-    def keep(self) -> None:
+    def check_classifier(self, logits: Tensor) -> None:
+        """Compare the logits of the first batch with what they were."""
+        if self.sample.shape != logits.shape or not torch.allclose(
+            self.sample, logits.float(), rtol=1e-2, atol=1e-3 * float(self.sample.abs().max())
+        ):
+            expected = f"the classifier of the checkpoint {self.path}"
+            remedy = "delete the file or use another"
+            raise ValueError(wrong("classifier", expected, "one with other logits", remedy))
+
+    def keep(self, logits: Tensor) -> None:
+        if self.position == 1:
+            self.sample = logits.float()
         if self.path is not None and time.monotonic() - self.written >= self.seconds:
             self._write(self.path)
 
@@ -336,23 +369,38 @@ class _Checkpoint:
 
     def _write(self, path: Path) -> None:
         states = {name: record.state() for name, record in self.records.items()}
+        stored = {
+            "options": self.options,
+            "digests": self.digests,
+            "sample": self.sample,
+            "records": states,
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         # A run that is cut off while it writes must not lose what it had.
         beside = path.with_name(path.name + ".new")
-        torch.save({"options": self.options, "digests": self.digests, "records": states}, beside)
+        with beside.open("wb") as file:
+            torch.save(stored, file)
+            file.flush()
+            os.fsync(file.fileno())
         beside.replace(path)
         self.written = time.monotonic()
 
     def _load(self, path: Path) -> None:
-        stored = torch.load(path, weights_only=True)
+        expected, remedy = "a file that evaluate wrote", "delete it or use another file"
+        try:
+            # What torch.save writes is a zip file; others are not even tried.
+            stored = torch.load(path, weights_only=True) if zipfile.is_zipfile(path) else None
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            raise ValueError(wrong("checkpoint", expected, f"{path}", remedy)) from error
+        if not isinstance(stored, dict) or not {"options", "digests", "records"} <= set(stored):
+            raise ValueError(wrong("checkpoint", expected, f"{path}", remedy))
         if stored["options"] != self.options:
             changed = [
                 name for name in self.options if stored["options"].get(name) != self.options[name]
             ]
             got = f"one with another {', '.join(changed)}"
-            remedy = "delete it or use another file"
             raise ValueError(wrong("checkpoint", "one of this evaluation", got, remedy))
-        self.digests = stored["digests"]
+        self.digests, self.sample = stored["digests"], stored["sample"]
         for name, record in self.records.items():
             record.load(stored["records"][name])
 
@@ -370,6 +418,19 @@ def _check_attacks(attacks: object) -> dict[str, Callable[..., Any]]:
         if name == CLEAN:
             raise ValueError(wrong("attacks", "names other than 'clean'", repr(name)))
     return dict(attacks)
+
+
+def _described(call: object) -> str:
+    """Print a callable without the address of its memory, which is another in each process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(call))
+
+
+def _length(loader: object) -> int | None:
+    """Number of batches, where the loader knows; a DataLoader of a stream does not."""
+    try:
+        return len(loader)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return None
 
 
 def _device_of(classifier: Classifier) -> torch.device | None:

@@ -399,7 +399,10 @@ def _compared(clean: Condition, attacked: Condition, n_bins: int) -> UnderAttack
     shifts, aurocs, false_alarms, accepted = {}, {}, {}, {}
     for name, before in clean.uncertainties.items():
         after = attacked.uncertainties[name]
-        shifts[name] = uncertainty_shift(before, after, clean.correct, attacked.correct)
+        # A class that is certain beyond all numbers has no mean: the row is NaN, not the report.
+        shifts[name] = uncertainty_shift(
+            before, after, clean.correct, attacked.correct, nan="propagate"
+        )
         aurocs[name] = detection_auroc(before, after)
         false_alarms[name] = detection_fpr95(before, after)
         threshold = clean_threshold(before, coverage=COVERAGE)

@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     print(report)
     report.to_json(options.out / "report.json")
-    (options.out / "report.md").write_text(report.table("markdown") + "\n")
+    (options.out / "report.md").write_text(report.table("markdown") + "\n", encoding="utf-8")
     report.plot(options.out / "report.png")
     print(f"\nWrote report.json, report.md and report.png to {options.out}.")
 

@@ -149,6 +149,56 @@ def test_autocast_and_no_grad_around_it(model, report):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         again = evaluate(model, loader(), {"pgd": ATTACKS["pgd"]}, HEAD, progress=False)
     assert again.metrics["clean"] == report.metrics["clean"]
+    assert again.metrics["pgd"] == report.metrics["pgd"]
+
+
+def test_any_attack_finds_the_model_in_eval_mode_and_gradients_on(model):
+    seen = []
+
+    def spy(model, images, labels):
+        images.requires_grad_()
+        model(images).sum().backward()
+        seen.append((model.training, torch.is_autocast_enabled("cpu")))
+        return images
+
+    with torch.no_grad():
+        evaluate(model, loader(), {"spy": spy}, progress=False)
+    assert seen == [(False, False)] * 3
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_empty_batch_and_a_stream_without_a_length():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from zip(IMAGES, LABELS, strict=True)
+
+    model = Classifier()
+    streamed = evaluate(
+        model, torch.utils.data.DataLoader(Stream(), batch_size=20), None, HEAD, progress=False
+    )
+    with_empty = [(IMAGES[:0], LABELS[:0]), *loader()]
+    found = evaluate(model, with_empty, {"pgd": ATTACKS["pgd"]}, HEAD, progress=False)
+    assert found.metrics["clean"] == pytest.approx(streamed.metrics["clean"], abs=1e-6)
+
+
+def test_certainty_beyond_all_numbers_does_not_hide_the_rest():
+    def classify(images):
+        logits = images.flatten(1)[:, :4].clone()
+        logits[:2, 1:] = -torch.inf  # one class left
+        return logits
+
+    report = evaluate(classify, loader(), {"same": lambda m, x, y: x}, progress=False)
+    assert math.isnan(report.under_attack["same"].shifts["msp"].rise)
+    assert report.under_attack["same"].shifts["entropy"].tie == 1.0
+    assert "msp" in str(report)
+    json.loads(report.to_json())
+
+
+@pytest.mark.parametrize("scale", [20, np.float32(20)])
+def test_any_number_is_a_logit_scale(scale):
+    model = Classifier()
+    model.logit_scale = scale
+    assert "AU" in evaluate(model, loader(), progress=False).conditions["clean"].uncertainties
 
 
 # ---------------------------------------------------------------------------- showing it
@@ -261,12 +311,66 @@ def test_a_run_goes_on_where_it_was_cut_off(report, model, tmp_path):
     resumed = evaluate(model, loader(), ATTACKS, HEAD, **options)
     assert resumed.metrics == report.metrics
     assert str(resumed.under_attack) == str(report.under_attack)
-    last_batch = model.calls - before
-    # Once more: everything is there.
+    resumed_calls = model.calls - before
+    before = model.calls
+    evaluate(model, loader()[2:], ATTACKS, HEAD, progress=False)
+    # The last batch, and the first once to know the model.
+    assert resumed_calls == model.calls - before + 1
     before = model.calls
     assert evaluate(model, loader(), ATTACKS, HEAD, **options).metrics == report.metrics
-    assert model.calls == before
-    assert last_batch > 0
+    assert model.calls == before + 1
+
+
+def test_a_run_that_is_cut_off_while_it_writes_keeps_what_it_had(model, tmp_path, monkeypatch):
+    path, save, count = tmp_path / "state.pt", torch.save, []
+
+    def fails_later(state, file):
+        count.append(1)
+        file.write(b"half a fi")
+        if len(count) == 2:
+            raise OSError("the disk is full")
+        file.seek(0)
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", fails_later)
+    options = {"progress": False, "checkpoint": path, "checkpoint_seconds": 0.0}
+    with pytest.raises(OSError, match="the disk is full"):
+        evaluate(model, loader(), None, HEAD, **options)
+    monkeypatch.undo()
+    assert len(torch.load(path, weights_only=True)["digests"]) == 1
+    assert evaluate(model, loader(), None, HEAD, **options).n_samples == 50
+
+
+def test_a_checkpoint_knows_its_classifier(model, tmp_path):
+    options = {"progress": False, "checkpoint": tmp_path / "state.pt"}
+    evaluate(model, loader(), None, HEAD, **options)
+    for other in (Classifier(), Classifier(5)):
+        with pytest.raises(ValueError, match="classifier: expected the classifier of the checkp"):
+            evaluate(other, loader(), None, HEAD, **options)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", "weights"])
+def test_a_file_that_is_no_checkpoint(content, model, tmp_path):
+    path = tmp_path / "state.pt"
+    if content == "weights":
+        torch.save(model.state_dict(), path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="checkpoint: expected a file that evaluate wrote, got"):
+        evaluate(model, loader(), progress=False, checkpoint=path)
+
+
+def test_functions_and_half_precision_can_be_resumed(tmp_path):
+    options = {"progress": False, "checkpoint": tmp_path / "state.pt"}
+    batches = [(images.bfloat16(), labels) for images, labels in loader()]
+
+    def classify(images):
+        return images.float().flatten(1)[:, :4]
+
+    for _ in range(2):
+        attacks = {"noise": lambda model, images, labels: images.clone()}
+        report = evaluate(classify, batches, attacks, **options)
+        assert "0x" not in report.options["attacks"]["noise"]
 
 
 def test_a_checkpoint_of_something_else(model, tmp_path):
@@ -342,6 +446,11 @@ def test_multilabel(tmp_path):
         ({"checkpoint_seconds": -1}, ValueError, "checkpoint_seconds: expected a number >= 0"),
         ({"progress": "yes"}, TypeError, "progress: expected True or False, got str 'yes'"),
         ({"loader": [(IMAGES, LABELS + 4)]}, ValueError, "target: expected class indices in"),
+        ({"head": lambda z: z[:3]}, ValueError, r"head: expected log_alpha .*\(20, 4\), got"),
+        ({"classifier": lambda x: [x]}, TypeError, r"classifier: expected logits of .* = 20, got"),
+        ({"classifier": lambda x: x}, ValueError, r"classifier: .*, got float32 tensor of shape"),
+        ({"classifier": lambda x: x.flatten(1)[:, :4] / 0}, ValueError,
+         "classifier: expected finite logits, got 20 of 20 rows .* on 'clean' images"),
     ],
 )  # fmt: skip
 def test_bad_arguments(changes, error, message):

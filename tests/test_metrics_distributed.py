@@ -60,6 +60,10 @@ def worker(rank, size, path):
         again, alone = mine.compute(), mine.compute(sync=False)
         ece = mine["ece"].compute(), mine["ece"].compute(dist.group.WORLD)
         found[name] = (values, reduced, again, alone, ece)
+    try:
+        metrics.ClasswiseCalibrationError().compute()
+    except ValueError as error:
+        found["error"] = str(error)
     torch.save(found, f"{path}/{rank}")
     dist.destroy_process_group()
 
@@ -69,6 +73,13 @@ def found(tmp_path_factory):
     path = tmp_path_factory.mktemp("gloo")
     mp.spawn(worker, args=(2, str(path)), nprocs=2)
     return [torch.load(path / str(rank), weights_only=False) for rank in range(2)]
+
+
+def test_the_number_of_classes_must_be_known(found):
+    for rank in range(2):
+        assert found[rank]["error"].startswith(
+            "n_classes: expected the number of classes, got None"
+        )
 
 
 @pytest.mark.parametrize("split", SPLITS)

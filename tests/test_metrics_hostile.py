@@ -121,5 +121,10 @@ def test_rankings(name, values, seed, hostile, nan):
     value = outcome(lambda: metric(uncertainty, correct, nan=nan))
     if isinstance(value, str):
         assert CLEAR.match(value)
+        assert bool(uncertainty.isnan().any()) or int(correct.max()) > 1
     else:
         check(value, low, high)
+        if math.isnan(value):
+            # Nothing to rank, or nothing to rank it against.
+            both = len(correct.unique()) == 2
+            assert not both or (nan == "propagate" and bool(uncertainty.isnan().any()))

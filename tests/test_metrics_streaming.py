@@ -271,6 +271,56 @@ def test_a_state_that_does_not_fit():
         metric.load_state_dict(state)
 
 
+def test_a_refused_state_changes_nothing():
+    metric = filled("ece")
+    expected = metric.compute()
+    state = metric.state_dict()
+    state["sums"]["n_correct"] = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"state: expected n_correct of shape \(7,\), got \(3,\)"):
+        metric.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"state: expected .*'sum_confidence'"):
+        metric.load_state_dict({"metric": state["metric"], "options": state["options"]})
+    assert metric.compute() == expected
+
+
+def test_a_group_takes_all_or_nothing():
+    def group(nan="raise"):
+        members = {
+            "acc": metrics.Accuracy(nan=nan),
+            "cls": metrics.ClasswiseCalibrationError(nan=nan),
+        }
+        return MetricGroup(members).update(logits=LOGITS, target=TARGET)
+
+    whole = group()
+    expected = whole.compute()
+    with pytest.raises(ValueError, match="probs, logits: expected 5 classes, as before, got 3"):
+        whole.update(logits=LOGITS[:, :3], target=TARGET % 3)
+    other = MetricGroup({"acc": metrics.Accuracy(), "cls": metrics.ClasswiseCalibrationError(3)})
+    with pytest.raises(ValueError, match="others: expected options"):
+        whole.merge(other.update(logits=LOGITS, target=TARGET))
+    with pytest.raises(ValueError, match="state: expected options"):
+        whole.load_state_dict(other.state_dict())
+    assert whole.compute() == expected
+    one = metrics.Accuracy()
+    with pytest.raises(ValueError, match="metrics: expected different metrics, got one under two"):
+        MetricGroup({"a": one, "b": one})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": 3}, "norm: expected 1, 2 or math.inf, got int 3"),
+        ({"norm": "inf"}, "norm: expected 1, 2 or math.inf, got str 'inf'"),
+        ({"norm": math.inf, "debias": True}, "debias: expected False with norm=inf"),
+        ({"squared": True}, "squared: expected False with norm=1"),
+        ({"min_count": 5}, "min_count: expected 1 with norm=1, got 5"),
+    ],
+)
+def test_the_error_of_a_table_checks_its_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        filled("table").compute().error(**options)
+
+
 def test_another_type_of_metric_may_be_written():
     class Doubt(PredictionMetric):
         """Share of predictions below one half."""

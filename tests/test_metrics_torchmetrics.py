@@ -64,6 +64,22 @@ def test_logits():
     assert float(group.compute()["ece"]) == pytest.approx(ece, abs=1e-6)
 
 
+def test_keywords_and_metrics_of_other_inputs():
+    group = collection()
+    group.update(preds=PROBS, target=TARGET)
+    check(group.compute())
+    uncertainty, flags = torch.arange(6.0), torch.tensor([1, 1, 0, 1, 0, 0]).bool()
+    adapted = TorchMetric(metrics.FailureAUROC())
+    adapted.update(uncertainty, flags)
+    assert float(adapted.compute()) == pytest.approx(metrics.failure_auroc(uncertainty, flags))
+    shift = TorchMetric(metrics.UncertaintyShift())
+    shift.update(uncertainty, uncertainty + 1, flags, flags)
+    assert float(shift.compute()["rise"]) == 1.0
+    errors = TorchMetric(metrics.OverconfidenceOnErrors())
+    errors.update(uncertainty / 6, flags)
+    assert int(errors.compute()["n_errors"]) == 3
+
+
 def test_refusals():
     with pytest.raises(TypeError, match="metric: expected a metric of calibclip, got int 3"):
         TorchMetric(3)

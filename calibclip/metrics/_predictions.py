@@ -132,7 +132,7 @@ class Predictions:
 
     def _exact_brier(self, probs: Tensor, target: Tensor) -> Tensor:
         # p - onehot(y), without a matrix of ones.
-        totals = [probs.new_empty(0)]
+        totals = []
         for block, true in self._blocks(probs, target):
             residual = block.scatter_add(1, true, block.new_full(true.shape, -1.0))
             totals.append(residual.square_().sum(1))
@@ -157,11 +157,11 @@ class Predictions:
         """
         blocks = self._blocks(self.probs, self.predicted)
         sums = [probs.scatter(1, predicted, 0.0).sum(1) for probs, predicted in blocks]
-        return torch.cat([self.probs.new_empty(0), *sums]).double()
+        return torch.cat(sums).double()
 
     def _log_tiny_others(self) -> Tensor:
         """Its logarithm where the predicted class has a probability of all but 1."""
-        parts = [self.scores.new_empty(0)]
+        parts = []
         for scores, predicted in self._blocks(self.scores, self.predicted):
             gaps = scores - scores.gather(1, predicted)
             parts.append(gaps.scatter_(1, predicted, -torch.inf).logsumexp(1))
@@ -247,7 +247,8 @@ def read_binary(
     check_choice("nan", nan, NAN_POLICIES)
     given = check_floating("probs", as_tensor(probs), shape="(N,)", ndim=1, empty=True).detach()
     scores = given.to(torch.float64 if given.dtype == torch.float64 else torch.float32)
-    truth = read_flags("target", target, scores)
+    # The probabilities are looked at here: so may the flags be.
+    truth = read_flags("target", target, scores, look=True)
     bad = ~scores.isfinite()
     if nan == "raise" and bad.any():
         got = f"{_rows(bad)} with NaN or infinity"
@@ -260,8 +261,12 @@ def read_binary(
     return (scores, truth, faults) if nan != "omit" else (scores[~bad], truth[~bad], faults)
 
 
-def read_flags(argument: str, value: object, like: Tensor) -> Tensor:
-    """Check one bool, or 0 or 1, per entry of another tensor; return it as bool on its device."""
+def read_flags(argument: str, value: object, like: Tensor, *, look: bool = False) -> Tensor:
+    """Check one bool, or 0 or 1, per entry of another tensor; return it as bool on its device.
+
+    On an accelerator numbers are looked at only if ``look``: it would stall the device. There
+    everything but 1 counts as False.
+    """
     flags = as_tensor(value)
     expected = f"bool, or 0 and 1, of shape {tuple(like.shape)}"
     if not isinstance(flags, Tensor):
@@ -269,8 +274,7 @@ def read_flags(argument: str, value: object, like: Tensor) -> Tensor:
     if flags.shape != like.shape:
         raise ValueError(wrong(argument, expected, describe(flags)))
     if flags.dtype != torch.bool:
-        # On an accelerator a look would stall the device.
-        looked_at = flags.device.type == "cpu"
+        looked_at = look or flags.device.type == "cpu"
         if flags.is_complex() or (looked_at and ((flags != 0) & (flags != 1)).any()):
             raise ValueError(wrong(argument, expected, "other values"))
         flags = flags == 1

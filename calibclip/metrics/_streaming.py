@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -130,11 +130,7 @@ class Metric(ABC, Generic[Value]):
             TypeError: Another type.
             ValueError: Other options, or states that do not fit.
         """
-        for other in others:
-            if type(other) is not type(self):
-                raise TypeError(wrong("others", f"a {type(self).__name__}", describe(other)))
-            if other.options != self.options:
-                raise ValueError(wrong("others", f"options {self.options}", other.options))
+        self._check_mergeable(others)
         for other in others:
             self._accept(other)
         for other in others:
@@ -142,6 +138,13 @@ class Metric(ABC, Generic[Value]):
             for name, column in other._columns.items():
                 self._columns[name].append(column.values)
         return self
+
+    def _check_mergeable(self, others: Iterable[Metric[Value]]) -> None:
+        for other in others:
+            if type(other) is not type(self):
+                raise TypeError(wrong("others", f"a {type(self).__name__}", describe(other)))
+            if other.options != self.options:
+                raise ValueError(wrong("others", f"options {self.options}", other.options))
 
     def _accept(self, other: Metric[Value]) -> None:
         """Make ready for the sums of another; raises if they do not fit."""
@@ -176,17 +179,28 @@ class Metric(ABC, Generic[Value]):
         Raises:
             ValueError: The state is of another metric, or of other options.
         """
-        for key, own in (("metric", type(self).__name__), ("options", self.options)):
-            if state.get(key) != own:
-                raise ValueError(wrong("state", f"{key} {own}", state.get(key)))
+        self._check_state(state)
         self.reset()
-        if set(state["sums"]) != set(self._sums) or set(state["columns"]) != set(self._columns):
-            names = sorted([*state["sums"], *state["columns"]])
-            raise ValueError(wrong("state", f"{sorted([*self._sums, *self._columns])}", names))
         self._sums = {name: state["sums"][name].clone() for name in self._sums}
         for name, column in self._columns.items():
             column.append(state["columns"][name])
         return self
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        for key, own in (("metric", type(self).__name__), ("options", self.options)):
+            if state.get(key) != own:
+                raise ValueError(wrong("state", f"{key} {own}", state.get(key)))
+        sums, columns = state.get("sums", {}), state.get("columns", {})
+        if set(sums) != set(self._sums) or set(columns) != set(self._columns):
+            expected = f"{sorted([*self._sums, *self._columns])}"
+            raise ValueError(wrong("state", expected, sorted([*sums, *columns])))
+        for name, empty in self._begin()[0].items():
+            # A first size of 0 is one that the data decide.
+            if len(empty.shape) != len(sums[name].shape) or (
+                empty.numel() and empty.shape != sums[name].shape
+            ):
+                expected = f"{name} of shape {tuple(empty.shape)}"
+                raise ValueError(wrong("state", expected, tuple(sums[name].shape)))
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
@@ -200,7 +214,9 @@ class Metric(ABC, Generic[Value]):
         """Add to the sums, which move to the device of what is added."""
         for name, term in sums.items():
             total = self._sums[name]
-            self._sums[name] = total.to(term.device, non_blocking=True) + term.to(total.dtype)
+            # Towards an accelerator only: on the way back the numbers would come too late.
+            moved = total.to(term.device, non_blocking=term.device.type != "cpu")
+            self._sums[name] = moved + term.to(total.dtype)
 
     def _append(self, **columns: Tensor) -> None:
         """Append one number a sample to each column."""
@@ -238,6 +254,9 @@ class PredictionMetric(Metric[Value]):
         with torch.no_grad():
             self.take(read_predictions(probs, logits, target, self.options["nan"]))
         return self
+
+    def prepare(self, predictions: Predictions) -> None:
+        """Refuse predictions that do not go with those before."""
 
     def take(self, predictions: Predictions) -> None:
         """Take in predictions that have been read; several metrics may share them."""
@@ -313,6 +332,11 @@ def synced(metrics: list[Any], sync: bool | dist.ProcessGroup | None = None) -> 
     if dist.get_backend(group) == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
     rank, size = dist.get_rank(group), dist.get_world_size(group)
+    for metric in metrics:
+        if size > 1 and isinstance(metric, PerClass) and metric.options["n_classes"] is None:
+            # A process without a sample has a state of another size: the exchange would hang.
+            got = f"{type(metric).__name__} on {size} processes"
+            raise ValueError(wrong("n_classes", "the number of classes", f"None in {got}"))
     metrics = [copy.copy(metric) for metric in metrics]
     columns = [column for metric in metrics for column in metric._columns.values()]
     lengths = torch.zeros(len(columns), size, dtype=torch.float64)

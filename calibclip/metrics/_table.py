@@ -12,6 +12,7 @@ import torch
 from scipy.special import betaincinv, erf
 from torch import Tensor
 
+from calibclip._checks import check_flag, describe, wrong
 from calibclip.metrics._binning import equal_mass_cuts, equal_width_edges
 
 NORMS = (1, 2, math.inf)
@@ -93,7 +94,13 @@ class ReliabilityTable:
 
         Returns:
             The error; NaN if no bin counts.
+
+        Raises:
+            ValueError: An option is out of range, or does not go with the norm.
         """
+        check_norm(norm, debias, squared)
+        if min_count != 1 and norm != math.inf:
+            raise ValueError(wrong("min_count", f"1 with norm={norm}", min_count))
         counted = self.count >= max(min_count, 1)
         if not counted.any():
             return math.nan
@@ -270,6 +277,18 @@ def tabulate(
         ci_lower=ci_lower,
         ci_upper=ci_upper,
     )
+
+
+def check_norm(norm: object, debias: bool = False, squared: bool = False) -> None:
+    """Check the norm of an error, and whether the options go with it."""
+    if isinstance(norm, bool) or norm not in NORMS:
+        raise ValueError(wrong("norm", "1, 2 or math.inf", describe(norm)))
+    check_flag("debias", debias)
+    check_flag("squared", squared)
+    if debias and norm == math.inf:
+        raise ValueError(wrong("debias", "False with norm=inf", debias))
+    if squared and norm != 2:
+        raise ValueError(wrong("squared", f"False with norm={norm}", squared))
 
 
 def _wilson_interval(share: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """Binned calibration of the predicted class: is it right as often as its probability says?
 
-The errors are norms of the gaps in a table, see ``reliability.py``.
+The errors are norms of the gaps in a table, see ``_table.py``.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from calibclip._checks import check_count, check_flag, describe, wrong
+from calibclip._checks import check_count
 from calibclip.metrics._predictions import ArrayLike
-from calibclip.metrics._table import NORMS
+from calibclip.metrics._table import check_norm
 from calibclip.metrics.reliability import Binned
 
 
@@ -235,14 +235,7 @@ class ExpectedCalibrationError(Binned[float]):
         squared: bool = False,
         nan: str = "raise",
     ) -> None:
-        if isinstance(norm, bool) or norm not in NORMS:
-            raise ValueError(wrong("norm", "1, 2 or math.inf", describe(norm)))
-        check_flag("debias", debias)
-        check_flag("squared", squared)
-        if debias and norm == math.inf:
-            raise ValueError(wrong("debias", "False with norm=inf", debias))
-        if squared and norm != 2:
-            raise ValueError(wrong("squared", f"False with norm={norm}", squared))
+        check_norm(norm, debias, squared)
         super().__init__(
             n_bins=n_bins,
             norm=norm,

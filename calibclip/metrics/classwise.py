@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibclip._checks import check_choice, check_count, check_number, describe, wrong
+from calibclip._checks import check_choice, check_count, check_number
 from calibclip.metrics._binning import equal_width_edges
 from calibclip.metrics._predictions import ArrayLike, Predictions
 from calibclip.metrics._streaming import Column, PerClass, PredictionMetric
-from calibclip.metrics._table import NORMS
+from calibclip.metrics._table import check_norm
 
 # Entries of a block of rows that is summed at once: 2 MB in float64.
 _BLOCK = 2**18
@@ -123,8 +123,7 @@ class ClasswiseCalibrationError(PerClass[float], PredictionMetric[float]):
         nan: str = "raise",
     ) -> None:
         n_bins = check_count("n_bins", n_bins, at_least=1)
-        if isinstance(norm, bool) or norm not in NORMS:
-            raise ValueError(wrong("norm", "1, 2 or math.inf", describe(norm)))
+        check_norm(norm)
         if n_classes is not None:
             n_classes = check_count("n_classes", n_classes, at_least=2)
         if threshold is not None:
@@ -143,6 +142,10 @@ class ClasswiseCalibrationError(PerClass[float], PredictionMetric[float]):
         zeros = torch.zeros(self.options["n_classes"] or 0, self.options["n_bins"])
         sums = _ClassSums(zeros.long(), zeros.double(), zeros.long())
         return {"n_rows": torch.zeros((), dtype=torch.int64), **sums._asdict()}, {}
+
+    def prepare(self, predictions: Predictions) -> None:
+        """Refuse predictions of another number of classes."""
+        self._grow(predictions.n_classes, "probs, logits")
 
     def _take(self, predictions: Predictions) -> None:
         self._grow(predictions.n_classes, "probs, logits")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from calibclip._checks import check_choice, describe, wrong
-from calibclip.metrics._predictions import NAN_POLICIES, ArrayLike, read_predictions
+from calibclip._checks import describe, wrong
+from calibclip.metrics._predictions import ArrayLike, read_predictions
 from calibclip.metrics._streaming import PredictionMetric, synced
 
 
@@ -42,12 +42,14 @@ class MetricGroup(Mapping[str, PredictionMetric[Any]]):
         for name, metric in metrics.items():
             if not isinstance(name, str) or not isinstance(metric, PredictionMetric):
                 raise TypeError(wrong("metrics", expected, f"{name!r}: {type(metric).__name__}"))
+        if len({id(metric) for metric in metrics.values()}) < len(metrics):
+            remedy = "it would take every batch twice"
+            raise ValueError(wrong("metrics", "different metrics", "one under two names", remedy))
         policies = {metric.options["nan"] for metric in metrics.values()}
         if len(policies) != 1:
             got = ", ".join(sorted(policies)) or "no metric"
             raise ValueError(wrong("metrics", "metrics with one and the same nan", got))
         (self._nan,) = policies
-        check_choice("nan", self._nan, NAN_POLICIES)
         self._metrics = dict(metrics)
 
     def __getitem__(self, name: str) -> PredictionMetric[Any]:
@@ -68,6 +70,9 @@ class MetricGroup(Mapping[str, PredictionMetric[Any]]):
         """Take in a batch; see `PredictionMetric.update`."""
         with torch.no_grad():
             predictions = read_predictions(probs, logits, target, self._nan)
+            # All or none: what may refuse does so before any has taken the batch.
+            for metric in self._metrics.values():
+                metric.prepare(predictions)
             for metric in self._metrics.values():
                 metric.take(predictions)
         return self
@@ -83,6 +88,8 @@ class MetricGroup(Mapping[str, PredictionMetric[Any]]):
         for other in others:
             if not isinstance(other, MetricGroup) or list(other) != list(self):
                 raise ValueError(wrong("others", f"groups of {list(self)}", describe(other)))
+        for name, metric in self._metrics.items():
+            metric._check_mergeable(other[name] for other in others)
         for name, metric in self._metrics.items():
             metric.merge(*(other[name] for other in others))
         return self
@@ -101,6 +108,8 @@ class MetricGroup(Mapping[str, PredictionMetric[Any]]):
         """Replace the states by those of a `state_dict`."""
         if set(state) != set(self._metrics):
             raise ValueError(wrong("state", f"states of {list(self)}", sorted(state)))
+        for name, metric in self._metrics.items():
+            metric._check_state(state[name])
         for name, metric in self._metrics.items():
             metric.load_state_dict(state[name])
         return self

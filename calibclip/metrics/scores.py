@@ -250,7 +250,7 @@ def sharpness(
     Args:
         probs: Probabilities, shape ``(N, K)``, floating point. Give this or ``logits``.
         logits: Logits, shape ``(N, K)``, floating point. Give this or ``probs``.
-        target: Not looked at; here so that all metrics are called alike.
+        target: Of no effect, but checked if given: so that all metrics are called alike.
         nan: What rows that are not finite do: ``"raise"``, ``"omit"`` (a warning tells how many) or
             ``"propagate"`` (the result is NaN).
 

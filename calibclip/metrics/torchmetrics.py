@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -59,13 +60,19 @@ class TorchMetric(_TorchMetric):
         for name in self.empty._columns:
             self.add_state(f"column_{name}", [], dist_reduce_fx="cat")
 
-    def update(self, *batch: Any) -> None:
-        """Take in a batch: ``preds`` and ``target``, or what the metric's own update takes."""
+    def update(self, preds: Any = None, target: Any = None, *rest: Any) -> None:
+        """Take in a batch.
+
+        Args:
+            preds: Scores of a metric of predictions; else the first of what its own update takes.
+            target: True classes; else the second.
+            *rest: What else its own update takes.
+        """
         part = copy.deepcopy(self.empty)
-        if isinstance(part, PredictionMetric) and len(batch) == 2:
-            part.update(**{self.scores: batch[0]}, target=batch[1])
+        if isinstance(part, PredictionMetric):
+            part.update(**{self.scores: preds}, target=target)
         else:
-            part.update(*batch)  # pyright: ignore[reportAttributeAccessIssue]
+            part.update(preds, target, *rest)  # pyright: ignore[reportAttributeAccessIssue]
         for name, term in part._sums.items():
             setattr(self, f"sum_{name}", getattr(self, f"sum_{name}") + term)
         for name, column in part._columns.items():
@@ -87,7 +94,12 @@ class TorchMetric(_TorchMetric):
             return {name: torch.tensor(term, dtype=torch.float64) for name, term in pairs}
         if is_dataclass(value):
             columns = {field.name: getattr(value, field.name) for field in fields(value)}
-            return {name: torch.tensor(column) for name, column in columns.items()}
+            # What is nested stays with the metric's own compute.
+            return {
+                name: torch.tensor(column)
+                for name, column in columns.items()
+                if not isinstance(column, Mapping)
+            }
         return value
 
 
