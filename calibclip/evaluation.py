@@ -67,8 +67,8 @@ def evaluate(
     r"""Evaluate a classifier on clean and on attacked images.
 
     Each batch is classified as it is, then attacked by every attack, and what the attack returned
-    is classified again. A module is in eval mode all the while, and judged without autocast; a
-    plain function runs as it is. Every sample is known under every condition, and what is compared
+    is classified again. All of it without autocast around it, and a module in eval mode; a plain
+    function runs as it is. Every sample is known under every condition, and what is compared
     is paired.
 
     **Uncertainties** of each prediction: ``"msp"``, minus the log-odds of the largest softmax
@@ -179,7 +179,7 @@ def _evaluate_batch(
         began = time.perf_counter()
         shown = images
         if name != CLEAN:
-            with borrowed(classifier):
+            with borrowed(classifier), torch.autocast(images.device.type, enabled=False):
                 found = attacks[name](classifier, images, target)
             shown = check_found(found, images).to(images.dtype)
         logits = _judged(classifier, shown)

@@ -1,5 +1,6 @@
 """What all metrics accept and refuse."""
 
+import math
 import re
 
 import numpy as np
@@ -244,6 +245,27 @@ def test_top_label_takes_the_lowest_of_equal_classes():
     assert correct.tolist() == [True, False, False]
     correct = read_predictions(None, torch.zeros(3, 3), target).correct
     assert correct.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_odds_tell_apart_what_saturates(dtype):
+    logits = torch.tensor(
+        [[0.0, 1.0, -1.0], [20.0, 0.0, 0.0], [60.0, 0.0, 1.0], [150.0, 0.0, 0.0], [200.0, 0.0, 0.0],
+         [0.0, 1e4, 5.0], [3.0, -torch.inf, -torch.inf]], dtype=dtype,
+    )  # fmt: skip
+    found = read_predictions(None, logits, torch.zeros(7, dtype=torch.int64)).log_odds
+    expected = []
+    for row in logits.tolist():
+        *others, top = sorted(row)
+        largest = max(others)
+        if largest == -math.inf:
+            expected.append(math.inf)
+            continue
+        total = math.fsum(math.exp(z - largest) for z in others)
+        expected.append(top - largest - math.log(total))
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
+    probs = read_predictions(torch.tensor([[1.0, 1e-9]]), None, torch.tensor([0]))
+    assert float(probs.log_odds) == pytest.approx(math.log(1e9), rel=1e-6)
 
 
 def test_predicted_class_is_read_off_the_logits():

@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 
-from calibclip.metrics import accuracy, brier_score, negative_log_likelihood
+from calibclip.metrics import (
+    BrierDecomposition,
+    accuracy,
+    brier_decomposition,
+    brier_score,
+    negative_log_likelihood,
+)
 
 PROBS = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
 TARGET = torch.tensor([0, 1, 2, 1])
@@ -80,6 +86,37 @@ def test_nothing_is_clipped():
     for given_as in ({"probs": probs}, {"logits": logits}):
         assert negative_log_likelihood(**given_as, target=torch.tensor([0])) == 0.0
         assert negative_log_likelihood(**given_as, target=torch.tensor([1])) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("confidence", "correct", "expected"),
+    [
+        ([0.2, 0.2, 0.8, 0.8], [0, 1, 1, 1], (0.19, 0.065, 0.0625, 0.1875, 0.0, 0.0)),
+        ([0.1, 0.3, 0.6, 0.9], [0, 1, 0, 1], (0.2175, 0.07625, 0.0, 0.25, 0.01625, 0.125)),
+    ],
+)
+def test_brier_terms_by_hand(confidence, correct, expected):
+    metric = BrierDecomposition(2)
+    metric.take_pairs(torch.tensor(confidence, dtype=torch.float64), torch.tensor(correct).bool())
+    terms = metric.compute()
+    assert terms == pytest.approx(expected, abs=1e-12)
+    assert terms.refinement == pytest.approx(expected[0] - expected[1])
+
+
+@pytest.mark.parametrize("n_bins", [1, 7, 40])
+def test_brier_terms_add_up_whatever_the_bins(n_bins):
+    logits, target = random_logits(5, n=400)
+    terms = brier_decomposition(logits=logits, target=target, n_bins=n_bins)
+    probs = torch.from_numpy(logits).softmax(1)
+    correct = probs.argmax(1) == torch.from_numpy(target)
+    direct = float((probs.amax(1) - correct.double()).square().mean())
+    assert terms.brier == pytest.approx(direct, rel=1e-12)
+    bins = (probs.amax(1) * n_bins).ceil().long() - 1
+    variance = sum(
+        float((probs.amax(1)[bins == b] - probs.amax(1)[bins == b].mean()).square().sum())
+        for b in bins.unique()
+    )
+    assert terms.within_variance == pytest.approx(variance / 400, rel=1e-9)
 
 
 @pytest.mark.parametrize("scale", ["max", None, 1])

@@ -196,8 +196,6 @@ def _class_sums(probs: Tensor, target: Tensor, n_bins: int, threshold: float | N
         if threshold is None:
             n_samples[:, 0] += len(probs) - n_samples.sum(1)
             sum_probs[:, 0] += _column_sums(probs) - sum_probs.sum(1)
-            # An empty bin holds what rounding left of the difference.
-            sum_probs.masked_fill_(n_samples == 0, 0.0)
     else:
         classes = torch.arange(n_classes, device=device) * n_bins
         cell = (torch.bucketize(probs, edges) + classes).flatten()
