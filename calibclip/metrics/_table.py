@@ -8,8 +8,8 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # loads its parts when they are used
 import torch
-from scipy.special import betaincinv, erf
 from torch import Tensor
 
 from calibclip._checks import check_flag, describe, wrong
@@ -308,8 +308,8 @@ def _clopper_pearson_interval(
     """95 % interval of a binomial share by inverting the exact test."""
     failures = samples - successes
     # At no success and at no failure an end is 0 or 1; the beta function has no such parameter.
-    lower = betaincinv(np.maximum(successes, 1), failures + 1, 0.025)
-    upper = betaincinv(successes + 1, np.where(failures == 0, 1, failures), 0.975)
+    lower = scipy.special.betaincinv(np.maximum(successes, 1), failures + 1, 0.025)
+    upper = scipy.special.betaincinv(successes + 1, np.where(failures == 0, 1, failures), 0.975)
     empty = np.isnan(samples)
     lower = np.where(empty, np.nan, np.where(successes == 0, 0.0, lower))
     return lower, np.where(empty, np.nan, np.where(failures == 0, 1.0, upper))
@@ -324,5 +324,5 @@ def _debiased_gap(gap: np.ndarray, variance: np.ndarray) -> np.ndarray:
     spread = np.sqrt(variance)
     ratio = np.abs(gap) / np.where(spread > 0, spread, 1.0)
     inflated = spread * math.sqrt(2 / math.pi) * np.exp(-(ratio**2) / 2)
-    inflated = inflated + np.abs(gap) * erf(ratio / math.sqrt(2))
+    inflated = inflated + np.abs(gap) * scipy.special.erf(ratio / math.sqrt(2))
     return 2 * np.abs(gap) - np.where(spread > 0, inflated, np.abs(gap))

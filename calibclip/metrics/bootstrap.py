@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy  # loads its parts when they are used
 import torch
-from scipy.sparse import csr_array
-from scipy.special import ndtr, ndtri
 from torch import Tensor
 
 from calibclip._checks import (
@@ -273,13 +272,13 @@ def _bca_shares(
     count = len(replicates)
     below = np.sum(replicates < estimate) + np.sum(replicates == estimate) / 2
     # With all replicates on one side the bias would be infinite.
-    bias = ndtri(np.clip(below / count, 0.5 / count, 1 - 0.5 / count))
+    bias = scipy.special.ndtri(np.clip(below / count, 0.5 / count, 1 - 0.5 / count))
     left_out = left_out[~np.isnan(left_out)]
     deviation = left_out.mean() - left_out if len(left_out) else left_out
     spread = float((deviation**2).sum())
     skew = float((deviation**3).sum()) / (6 * spread**1.5) if spread > 0 else 0.0
-    moved = bias + ndtri(shares)
-    return ndtr(bias + moved / (1 - skew * moved))
+    moved = bias + scipy.special.ndtri(shares)
+    return scipy.special.ndtr(bias + moved / (1 - skew * moved))
 
 
 def _resamples(size: int, options: Options) -> Iterator[np.ndarray]:
@@ -294,7 +293,7 @@ def _blocks(rows: Iterator[np.ndarray], count: int, step: int) -> Iterator[np.nd
         yield np.stack([next(rows) for _ in range(min(step, count - first))])
 
 
-def resampled_sums(columns: csr_array, options: Options) -> np.ndarray:
+def resampled_sums(columns: scipy.sparse.csr_array, options: Options) -> np.ndarray:
     """Return the sum of each column over each resample, of rows as `bootstrap_interval` draws them.
 
     Args:
@@ -314,13 +313,15 @@ def resampled_sums(columns: csr_array, options: Options) -> np.ndarray:
     return np.concatenate(sums)
 
 
-def sums_without_one(columns: csr_array) -> np.ndarray:
+def sums_without_one(columns: scipy.sparse.csr_array) -> np.ndarray:
     """Return the sums of all rows but one each, shape ``(N, C)``."""
     rows = columns.toarray()
     return rows.sum(axis=0) - rows
 
 
-def binned_residuals(confidence: Tensor, correct: Tensor, n_bins: int, closed: str) -> csr_array:
+def binned_residuals(
+    confidence: Tensor, correct: Tensor, n_bins: int, closed: str
+) -> scipy.sparse.csr_array:
     """Return ``confidence - correct`` of each sample in the column of its bin.
 
     The ECE is the sum of the absolute column sums, over N.
@@ -339,7 +340,7 @@ def binned_residuals(confidence: Tensor, correct: Tensor, n_bins: int, closed: s
     index = torch.bucketize(confidence, edges, right=closed == "left").numpy()
     residual = (confidence.double() - correct.double()).numpy()
     size = len(residual)
-    return csr_array((residual, index, np.arange(size + 1)), shape=(size, n_bins))
+    return scipy.sparse.csr_array((residual, index, np.arange(size + 1)), shape=(size, n_bins))
 
 
 def read_confidence(

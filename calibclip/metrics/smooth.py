@@ -7,9 +7,8 @@ from collections.abc import Callable
 from functools import cache, partial
 
 import numpy as np
+import scipy  # loads its parts when they are used
 import torch
-from scipy.fft import dct
-from scipy.optimize import brentq
 from torch import Tensor
 
 from calibclip._checks import check_number
@@ -204,7 +203,9 @@ def grid_error(masses: np.ndarray, width: float) -> float:
     halved = masses / 2  # the transform counts all points but the ends twice
     halved[[0, -1]] *= 2
     damping = np.exp(-((np.pi * width * np.arange(n_cells + 1)) ** 2) / 2)
-    smoothed = np.asarray(dct(np.asarray(dct(halved, type=1)) * damping, type=1))
+    smoothed = np.asarray(
+        scipy.fft.dct(np.asarray(scipy.fft.dct(halved, type=1)) * damping, type=1)
+    )
     ends = (abs(smoothed[0]) + abs(smoothed[-1])) / 2
     return float(np.abs(smoothed).sum() - ends + _kinks(smoothed)) / n_cells
 
@@ -275,5 +276,5 @@ def _fixed_point(error: Callable[[float], float], start: float) -> float:
     excess = [error(width) - width for width in (lower, upper)]
     if excess[0] <= 0 or excess[1] >= 0:
         return error(lower) if excess[0] <= 0 else upper
-    root = brentq(lambda width: error(width) - width, lower, upper, xtol=_NARROWEST)
-    return float(root)  # pyright: ignore[reportArgumentType]
+    root = scipy.optimize.brentq(lambda width: error(width) - width, lower, upper, xtol=_NARROWEST)
+    return float(root)
