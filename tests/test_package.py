@@ -11,7 +11,19 @@ import calibclip
 
 PACKAGE = Path(calibclip.__file__).parent
 ROOT = PACKAGE.parent
-HEAVY = ("triton", "matplotlib", "open_clip", "timm", "sklearn", "torchvision", "transformers")
+HEAVY = (
+    "matplotlib",
+    "open_clip",
+    "pandas",
+    "scipy.optimize",
+    "scipy.special",
+    "sklearn",
+    "timm",
+    "torchmetrics",
+    "torchvision",
+    "transformers",
+    "triton",
+)
 
 
 # Imports
