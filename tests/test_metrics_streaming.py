@@ -32,6 +32,10 @@ METRICS = {
     "signed": lambda **nan: metrics.SignedCalibrationError(7, **nan),
     "table": lambda **nan: metrics.Reliability(7, interval="clopper-pearson", **nan),
     "classwise": lambda **nan: metrics.ClasswiseCalibrationError(7, n_classes=5, **nan),
+    "smooth": lambda **nan: metrics.SmoothCalibrationError(bandwidth=0.1, **nan),
+    "sweep": lambda **nan: metrics.SweepCalibrationError(norm=2, **nan),
+    "kernel": lambda **nan: metrics.KernelCalibrationError(estimator="unbiased", **nan),
+    "mmce": lambda **nan: metrics.MaximumMeanCalibrationError(bandwidth=0.3, **nan),
 }
 FUNCTIONS = {
     "accuracy": metrics.accuracy,
@@ -55,6 +59,14 @@ FUNCTIONS = {
     "classwise": lambda *given, **named: metrics.classwise_calibration_error(
         *given, **named, n_bins=7
     ),
+    "smooth": lambda *given, **named: metrics.smooth_calibration_error(
+        *given, **named, bandwidth=0.1
+    ),
+    "sweep": lambda *given, **named: metrics.sweep_calibration_error(*given, **named, norm=2),
+    "kernel": lambda *given, **named: metrics.kernel_calibration_error(
+        *given, **named, estimator="unbiased"
+    ),
+    "mmce": lambda *given, **named: metrics.mmce(*given, **named, bandwidth=0.3),
 }
 every_metric = pytest.mark.parametrize("name", METRICS)
 
@@ -173,6 +185,14 @@ class TestEveryMetric:
         tensors = [*metric._sums.values(), *(c.values for c in metric._columns.values())]
         assert not any(tensor.requires_grad for tensor in tensors)
         assert_close(metric.compute(), FUNCTIONS[name](logits=LOGITS, target=TARGET))
+
+    @pytest.mark.parametrize("argument", ["probs", "logits"])
+    @pytest.mark.parametrize("nan", ["raise", "propagate"])
+    def test_an_accelerator_is_not_waited_for(self, name, argument, nan):
+        # A look at a tensor without values raises.
+        scores, target = torch.ones(4, 5, device="meta"), torch.zeros(4, device="meta").long()
+        metric = METRICS[name](nan=nan)
+        assert metric.update(**{argument: scores}, target=target) is metric
 
     def test_autocast_and_inference_mode_around_it(self, name):
         expected = FUNCTIONS[name](logits=LOGITS, target=TARGET)
