@@ -122,9 +122,10 @@ class Predictions:
         """Squared distance from the one-hot target, shape ``(N,)``, float64."""
         if not _on_cpu(self.probs):
             return self._exact_brier(self.probs, self.target)
-        squares = torch.linalg.vector_norm(self.probs, dim=1).double().square()
+        # A product of rows, not a norm: its root would round what is exact.
+        with torch.autocast("cpu", enabled=False):
+            squares = torch.linalg.vecdot(self.probs, self.probs).double()
         score = squares - 2 * _entries(self.probs, self.target).double() + 1
-        score = score.clamp_(max=2.0)
         # Where little is left of the 1, rounding is as well.
         small = (score < 0.1).nonzero().squeeze(1)
         exact = self._exact_brier(self.probs[small], self.target[small])
