@@ -277,3 +277,16 @@ def test_policy_for_nan():
 def test_calibration_error_refuses(confidence, correct, options, error, message):
     with pytest.raises(error, match=f"^{message}"):
         calibration_error_interval(confidence, correct, **options)
+
+
+@pytest.mark.parametrize(("level", "size", "wrong"), [(0.83, 30, 10), (0.83, 30, 6), (0.7, 50, 16)])
+def test_bca_counts_ties_that_differ_by_rounding(level, size, wrong):
+    confidence = torch.full((size,), level, dtype=torch.float64)
+    correct = torch.arange(size) >= wrong
+
+    def rounded_ece(confidence, correct):
+        return round(abs(float(confidence.mean()) - float(correct.double().mean())), 12)
+
+    found = calibration_error_interval(confidence, correct, method="bca")
+    expected = bootstrap_interval(rounded_ece, confidence, correct, method="bca")
+    assert found == pytest.approx(expected, abs=1e-9)

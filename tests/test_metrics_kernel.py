@@ -367,3 +367,15 @@ class TestInputs:
     def test_repr(self):
         expected = "MaximumMeanCalibrationError(bandwidth=0.4, nan='raise')"
         assert repr(MaximumMeanCalibrationError()) == expected
+
+
+def test_a_refused_batch_changes_nothing():
+    metric = KernelCalibrationError(block_size=4, nan="omit")
+    metric.update(torch.eye(3), target=torch.arange(3))
+    state = str(metric.state_dict())
+    scores = torch.eye(5)
+    scores[0] = torch.nan
+    with pytest.raises(ValueError, match="probs, logits: expected 3 classes, as before, got 5"):
+        metric.update(scores, target=torch.arange(5))
+    assert str(metric.state_dict()) == state
+    assert metric.n_faulty == 0

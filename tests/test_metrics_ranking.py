@@ -183,7 +183,9 @@ class TestFailure:
         target = torch.tensor([1, 1])
         with pytest.raises(ValueError, match="1 of 2 rows"):
             failure_scores(logits=logits, target=target)
-        assert len(failure_scores(logits=logits, target=target, nan="omit").uncertainty) == 1
+        with pytest.warns(MetricWarning, match="1 rows with NaN or infinity were left out"):
+            kept = failure_scores(logits=logits, target=target, nan="omit")
+        assert len(kept.uncertainty) == len(kept.correct) == 1
         scores = failure_scores(logits=logits, target=target, nan="propagate")
         assert scores.uncertainty.isnan().tolist() == [False, True]
         assert math.isnan(failure_auroc(*scores, nan="propagate"))

@@ -875,3 +875,11 @@ class TestTopLabel:
     def test_nonfinite_rows(self, fit):
         with pytest.raises(ValueError, match=r"probs: .* 1 of 2 rows .*; leave these rows out"):
             fit(torch.tensor([[0.5, 0.5], [math.nan, 0.5]]), target=torch.tensor([0, 1]))
+
+
+def test_confidences_a_rounding_above_one_leave_no_negative_probability():
+    fitted = fit_histogram_binning(
+        torch.tensor([[0.6, 0.4]] * 4), target=torch.tensor([0, 0, 0, 1]), n_bins=5
+    )
+    probs = fitted(probs=torch.tensor([[1.00005, 0.0, 0.0]]))
+    assert probs.tolist() == [[1.0, 0.0, 0.0]]

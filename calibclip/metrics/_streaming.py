@@ -252,7 +252,9 @@ class PredictionMetric(Metric[Value]):
             ValueError: A shape or a class index is wrong, or a row of scores is invalid.
         """
         with torch.no_grad():
-            self.take(read_predictions(probs, logits, target, self.options["nan"]))
+            predictions = read_predictions(probs, logits, target, self.options["nan"])
+            self.prepare(predictions)
+            self.take(predictions)
         return self
 
     def prepare(self, predictions: Predictions) -> None:

@@ -270,7 +270,10 @@ def _bca_shares(
 ) -> np.ndarray:
     """Return the shares whose quantiles are the ends of the BCa interval."""
     count = len(replicates)
-    below = np.sum(replicates < estimate) + np.sum(replicates == estimate) / 2
+    # What is equal but for the order of its sums is a tie.
+    scale = np.abs(replicates[np.isfinite(replicates)]).max(initial=0.0)
+    ties = np.isclose(replicates, estimate, rtol=1e-12, atol=1e-12 * scale)
+    below = np.sum((replicates < estimate) & ~ties) + np.sum(ties) / 2
     # With all replicates on one side the bias would be infinite.
     bias = scipy.special.ndtri(np.clip(below / count, 0.5 / count, 1 - 0.5 / count))
     left_out = left_out[~np.isnan(left_out)]

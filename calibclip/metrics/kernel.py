@@ -208,10 +208,13 @@ class KernelCalibrationError(PredictionMetric[float]):
             return {"scores": Column(torch.float32), "outcome": Column(torch.int64)}
         return {"scores": Column(torch.float64), "outcome": Column(torch.uint8)}
 
+    def prepare(self, predictions: Predictions) -> None:
+        """Refuse predictions of another number of classes than those that are kept."""
+        if self.options["calibration"] == "full" and len(predictions):
+            self._check_classes("probs, logits", predictions.n_classes)
+
     def _take(self, predictions: Predictions) -> None:
         if self.options["calibration"] == "full":
-            if len(predictions):
-                self._check_classes("probs, logits", predictions.n_classes)
             self._append(scores=predictions.probs.flatten(), outcome=predictions.target)
         else:
             self._append(scores=predictions.confidence, outcome=predictions.correct)

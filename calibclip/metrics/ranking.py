@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calibclip._checks import check_number
+from calibclip._checks import check_number, warn
 from calibclip.metrics import _ranking_measures as measures
 from calibclip.metrics._predictions import ArrayLike, read_flags, read_predictions
 from calibclip.metrics._ranking_state import (
@@ -21,6 +21,7 @@ from calibclip.metrics._ranking_state import (
     in_float64,
     read_scores,
 )
+from calibclip.metrics._streaming import MetricWarning
 
 
 class FailureScores(NamedTuple):
@@ -69,6 +70,9 @@ def failure_scores(
     with torch.no_grad():
         predictions = read_predictions(probs, logits, target, nan)
         predictions.faults.check()
+        count = int(predictions.faults.nonfinite) if nan == "omit" else 0
+        if count:
+            warn(f"failure_scores: {count} rows with NaN or infinity were left out", MetricWarning)
         bad = ~predictions.scores.amax(dim=1).isfinite()
         uncertainty = (-predictions.log_odds).masked_fill(bad, torch.nan)
         return FailureScores(uncertainty, predictions.correct)

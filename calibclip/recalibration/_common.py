@@ -111,6 +111,8 @@ def replace_confidence(predictions: Predictions, confidence: Tensor) -> Tensor:
         Probabilities, shape ``(N, K)``, in the dtype of the scores.
     """
     parts = []
+    # Rows of rounded probabilities may add up to a little more than 1.
+    confidence = confidence.clamp(0, 1)
     blocks = in_blocks(predictions.probs, predictions.predicted, confidence)
     for block, predicted, new in blocks:
         probs, predicted, new = block.double(), predicted[:, None], new[:, None]
