@@ -62,7 +62,7 @@ MAY_IMPORT = {
     "_progress": {"_checks"},
     "attacks": {"_checks", "_modules", "_progress", "_kernels", "dirichlet", "uncertainty"},
     "attention": {"_checks"},
-    "metrics": {"_checks"},
+    "metrics": {"_checks", "_tables"},
     "_tables": {"_checks"},
     "recalibration": {"_checks", "metrics"},
     "plots": {"_checks", "metrics"},

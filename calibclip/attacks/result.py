@@ -122,10 +122,10 @@ def nothing_to_attack(images: Tensor) -> AttackResult:
 
 
 def warn(message: str) -> None:
-    """Warn, naming the line that called this package.
+    """Warn of an attack, naming the line of the user that called this package.
 
     Args:
-        message: Of the warning.
+        message: Text of the warning, in the form of the error messages where it is of an argument.
 
     Warns:
         AttackWarning: Always.

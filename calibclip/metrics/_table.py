@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from numbers import Real
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -281,7 +282,7 @@ def tabulate(
 
 def check_norm(norm: object, debias: bool = False, squared: bool = False) -> None:
     """Check the norm of an error, and whether the options go with it."""
-    if isinstance(norm, bool) or norm not in NORMS:
+    if isinstance(norm, bool) or not isinstance(norm, Real) or norm not in NORMS:
         raise ValueError(wrong("norm", "1, 2 or math.inf", describe(norm)))
     check_flag("debias", debias)
     check_flag("squared", squared)

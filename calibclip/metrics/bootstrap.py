@@ -219,7 +219,21 @@ class Options(NamedTuple):
 
 
 def check_options(n_resamples: object, level: object, method: object, seed: object) -> Options:
-    """Check the options that all bootstraps share."""
+    """Check the options that all bootstraps share.
+
+    Args:
+        n_resamples: An integer >= 1.
+        level: A number between 0 and 1, neither included.
+        method: One of ``METHODS``.
+        seed: An integer >= 0.
+
+    Returns:
+        The options, as plain Python values.
+
+    Raises:
+        TypeError: One has the wrong type.
+        ValueError: One is out of range.
+    """
     share = check_number("level", level, above=0)
     if share >= 1:
         raise ValueError(wrong("level", "a number between 0 and 1", f"{level!r}"))
@@ -317,7 +331,14 @@ def resampled_sums(columns: scipy.sparse.csr_array, options: Options) -> np.ndar
 
 
 def sums_without_one(columns: scipy.sparse.csr_array) -> np.ndarray:
-    """Return the sums of all rows but one each, shape ``(N, C)``."""
+    """Return the sums over all rows but one, for each row that is left out.
+
+    Args:
+        columns: Shape ``(N, C)``, float64.
+
+    Returns:
+        Shape ``(N, C)``, float64, dense.
+    """
     rows = columns.toarray()
     return rows.sum(axis=0) - rows
 

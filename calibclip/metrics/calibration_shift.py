@@ -20,6 +20,7 @@ from calibclip._checks import (
     describe,
     wrong,
 )
+from calibclip._tables import number
 from calibclip.metrics._predictions import NAN_POLICIES, ArrayLike
 from calibclip.metrics._streaming import Column, Metric
 from calibclip.metrics._table import CLOSED, ReliabilityTable, bin_sums, tabulate
@@ -33,7 +34,7 @@ from calibclip.metrics.bootstrap import (
     resampled_sums,
     sums_without_one,
 )
-from calibclip.metrics.shift import Shown, cell, over, raise_faulty
+from calibclip.metrics.shift import Shown, over, raise_faulty
 
 
 @dataclass(frozen=True)
@@ -204,10 +205,10 @@ class CalibrationShift(Shown):
             clean, adv, change = (
                 getattr(self, f"{name}_{which}") for which in ("clean", "adv", "difference")
             )
-            ends = f"[{cell(change.lower, '+.4f')}, {cell(change.upper, '+.4f')}]"
+            ends = f"[{number(change.lower, '+.4f')}, {number(change.upper, '+.4f')}]"
             style = "+.4f" if name == "gap" else ".4f"
-            values = [cell(clean.estimate, style), cell(adv.estimate, style)]
-            lines.append([label, *values, cell(change.estimate, "+.4f"), ends])
+            values = [number(clean.estimate, style), number(adv.estimate, style)]
+            lines.append([label, *values, number(change.estimate, "+.4f"), ends])
         return lines
 
 

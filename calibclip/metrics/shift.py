@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from calibclip._checks import check_flag, check_floating, check_number, check_same_shape, wrong
+from calibclip._tables import number
 from calibclip.metrics._predictions import REMEDY, ArrayLike, as_tensor, read_flags
 from calibclip.metrics._streaming import Column, Metric
 
@@ -105,7 +106,7 @@ class ShiftSummary(Shown):
         styles |= dict.fromkeys(["relative_mean", "effect_size", "rank_biserial"], "+.4f")
         lines = [["subset", *(name.replace("_", " ") for name in names)]]
         for subset, row in (self.subsets or {"all": self}).items():
-            numbers = [cell(getattr(row, name), styles.get(name, ".4f")) for name in names[1:]]
+            numbers = [number(getattr(row, name), styles.get(name, ".4f")) for name in names[1:]]
             lines.append([subset, str(row.count), *numbers])
         return lines
 
@@ -351,22 +352,34 @@ def _read_uncertainty(name: str, value: object) -> Tensor:
 
 
 def raise_faulty(name: str, good: Tensor, nan: str) -> None:
-    """Raise for values that are not finite, where a look at them does not stall the device."""
+    """Raise for values that are not finite, where a look at them does not stall the device.
+
+    Args:
+        name: What the message calls the values.
+        good: Which rows are finite, shape ``(N,)``, bool.
+        nan: The policy; only ``"raise"`` raises.
+
+    Raises:
+        ValueError: A row is not finite, the policy is to raise, and the device is the CPU.
+    """
     if nan == "raise" and good.device.type == "cpu" and not bool(good.all()):
         got = f"{int((~good).sum())} of {len(good)} rows with NaN or infinity"
         raise ValueError(wrong(name, "finite values", got, REMEDY))
 
 
 def over(numerator: float, denominator: float) -> float:
-    """Divide as IEEE 754 does."""
+    """Divide floats as IEEE 754 does, where Python raises.
+
+    Args:
+        numerator: Any float.
+        denominator: Any float.
+
+    Returns:
+        The quotient; infinite where something is divided by 0, NaN for 0 over 0.
+    """
     if denominator == 0:
         return math.copysign(math.inf, numerator) if numerator else math.nan
     return numerator / denominator
-
-
-def cell(value: float, style: str) -> str:
-    """Write a number of a table, a dash for NaN."""
-    return "-" if math.isnan(value) else format(value, style)
 
 
 def _html_cells(tag: str, line: Sequence[str]) -> str:

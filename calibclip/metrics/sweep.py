@@ -7,11 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from calibclip._checks import describe, wrong
 from calibclip.metrics._binning import equal_mass_cuts
 from calibclip.metrics._predictions import ArrayLike, Predictions
 from calibclip.metrics._streaming import Column, PredictionMetric
-from calibclip.metrics._table import NORMS, mass_table
+from calibclip.metrics._table import check_norm, mass_table
 
 
 def sweep_calibration_error(
@@ -92,8 +91,7 @@ class SweepCalibrationError(PredictionMetric[float]):
     """
 
     def __init__(self, *, norm: float = 1, nan: str = "raise") -> None:
-        if isinstance(norm, bool) or norm not in NORMS:
-            raise ValueError(wrong("norm", "1, 2 or math.inf", describe(norm)))
+        check_norm(norm)
         super().__init__(norm=norm, nan=nan)
 
     def _begin(self) -> tuple[dict[str, Tensor], dict[str, Column]]:

@@ -189,7 +189,14 @@ class Search(NamedTuple):
 
 
 def search_temperature(samples: Predictions) -> Search:
-    """Find the temperature; the caller warns."""
+    """Find the temperature of least negative log-likelihood; the caller warns.
+
+    Args:
+        samples: N logits over K classes with their targets, N >= 1.
+
+    Returns:
+        The temperature, the losses before and after, and what is odd about the data, if anything.
+    """
     loss = _Loss(samples)
     before = loss(1.0).nll
     bound, root, complaint = None, Root(1.0, True, 0), ""
