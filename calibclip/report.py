@@ -21,7 +21,7 @@ from calibclip.metrics._table import ReliabilityTable, bin_sums, tabulate
 from calibclip.metrics.acceptance import accepted_and_wrong, clean_threshold
 from calibclip.metrics.bootstrap import Interval
 from calibclip.metrics.calibration_shift import (
-    CalibrationShift,
+    CalibrationShiftSummary,
     OverconfidenceTerms,
     calibration_shift,
     overconfidence_on_errors,
@@ -180,7 +180,7 @@ class UnderAttack:
 
     flipped: float
     harmonic_mean_accuracy: float
-    calibration: CalibrationShift
+    calibration: CalibrationShiftSummary
     overconfidence: OverconfidenceTerms
     shifts: dict[str, ShiftSummary]
     detection_auroc: dict[str, float]

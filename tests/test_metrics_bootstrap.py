@@ -8,7 +8,13 @@ import scipy.stats
 import torch
 
 from calibclip.metrics import MetricWarning
-from calibclip.metrics.bootstrap import Interval, bootstrap_interval, calibration_error_interval
+from calibclip.metrics.bootstrap import (
+    Interval,
+    bootstrap_interval,
+    calibration_error_interval,
+    check_options,
+    interval,
+)
 
 METHODS = ("percentile", "basic", "bca")
 RNG = np.random.default_rng(0)
@@ -140,6 +146,54 @@ def test_resamples_without_a_value_are_left_out():
     with pytest.warns(MetricWarning, match="20 of 20 resamples"):
         found = bootstrap_interval(only_once, x, n_resamples=20)
     assert found.estimate == 1.0
+    assert math.isnan(found.lower)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_infinite_resamples(method, sign):
+    def infinite_of_some(x):
+        return sign * math.inf if (x == 3).sum() > 1 else float(x.sum())
+
+    x = np.array([0.0, 1.0, 2.0, 3.0])
+    found = bootstrap_interval(infinite_of_some, x, n_resamples=200, method=method)
+    assert found.estimate == 6.0
+    infinite, finite = (found.lower, found.upper)[:: -1 if (sign > 0) != (method == "basic") else 1]
+    assert abs(infinite) == math.inf
+    assert math.isfinite(finite)
+    # Of infinities alone both ends are.
+    options, infinities = check_options(99, 0.9, method, 0), np.full(99, sign * math.inf)
+    found = interval(1.0, infinities, options, lambda: infinities)
+    assert {abs(end) for end in (found.lower, found.upper)} == {math.inf}
+
+
+@pytest.mark.parametrize(
+    ("replicates", "level", "ends"),
+    [
+        ([1, 2, 3, math.inf, math.inf], 0.5, (2, math.inf)),
+        ([-math.inf, 1, 2, 3, 4], 0.5, (1, 3)),
+        ([-math.inf, 1, 2, 3, math.inf], 0.6, (-math.inf, math.inf)),
+        ([1, 2, 3, math.inf, math.inf], 0.25, (2.5, math.inf)),
+        ([-math.inf] * 3 + [math.inf] * 3, 0.1, (-math.inf, math.inf)),
+        ([math.inf] * 5, 0.9, (math.inf, math.inf)),
+        ([1, 2, 3, 4, 5], 0.6, (1.8, 4.2)),
+    ],
+)
+def test_ends_next_to_infinity(replicates, level, ends):
+    options = check_options(5, level, "percentile", 0)
+    found = interval(2.0, np.array(replicates, dtype=float), options, lambda: np.empty(0))
+    assert (found.lower, found.upper) == pytest.approx(ends, rel=1e-12)
+
+
+def test_an_infinite_estimate():
+    x = np.array([1.0, 2.0, math.inf])
+    for method in ("percentile", "bca"):
+        found = bootstrap_interval(np.mean, x, method=method)
+        assert (found.estimate, found.upper) == (math.inf, math.inf)
+        assert not math.isnan(found.lower)
+    with pytest.warns(MetricWarning, match="^the estimate is infinite: it has no basic interval"):
+        found = bootstrap_interval(np.mean, x, method="basic")
+    assert found.estimate == math.inf
     assert math.isnan(found.lower)
 
 
@@ -277,6 +331,18 @@ def test_policy_for_nan():
 def test_calibration_error_refuses(confidence, correct, options, error, message):
     with pytest.raises(error, match=f"^{message}"):
         calibration_error_interval(confidence, correct, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_confidence_above_one_by_rounding_is_one(dtype):
+    correct = torch.tensor([1, 0, 1])
+    above, ones = torch.full((3,), 1 + 5e-5, dtype=dtype), torch.ones(3, dtype=dtype)
+    found = calibration_error_interval(above, correct)
+    assert found == calibration_error_interval(ones, correct)
+    with pytest.raises(
+        ValueError, match=r"^confidence: expected confidences in .* got 3 of 3 rows"
+    ):
+        calibration_error_interval(ones + 2e-4, correct)
 
 
 @pytest.mark.parametrize(("level", "size", "wrong"), [(0.83, 30, 10), (0.83, 30, 6), (0.7, 50, 16)])

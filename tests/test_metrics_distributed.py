@@ -64,6 +64,17 @@ def worker(rank, size, path):
         metrics.ClasswiseCalibrationError().compute()
     except ValueError as error:
         found["error"] = str(error)
+    shift = metrics.UncertaintyShift(ranks=True)
+    if rank == 1:
+        for rows in (slice(0, 40), slice(40, 101)):
+            shift.update(LOGITS[rows, 0], LOGITS[rows, 1] + 1e6)
+    found["shift"] = shift.compute()
+    classes = torch.arange(2 + rank)
+    kernel = metrics.KernelCalibrationError(block_size=2)
+    try:
+        kernel.update(torch.eye(2 + rank), target=classes).compute()
+    except ValueError as error:
+        found["classes"] = str(error)
     torch.save(found, f"{path}/{rank}")
     dist.destroy_process_group()
 
@@ -80,6 +91,20 @@ def test_the_number_of_classes_must_be_known(found):
         assert found[rank]["error"].startswith(
             "n_classes: expected the number of classes, got None"
         )
+
+
+def test_moments_reach_a_process_without_a_sample(found):
+    expected = metrics.uncertainty_shift(LOGITS[:, 0], LOGITS[:, 1] + 1e6)
+    for rank in range(2):
+        shared = found[rank]["shift"]
+        assert shared.count == 101
+        for name in ("mean", "median", "standard_deviation", "effect_size"):
+            assert getattr(shared, name) == pytest.approx(getattr(expected, name), rel=1e-9)
+
+
+def test_processes_of_different_numbers_of_classes(found):
+    for rank in range(2):
+        assert found[rank]["classes"] == "probs, logits: expected 2 classes, as before, got 3"
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -6,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibclip.metrics import kernel
-from calibclip.metrics._streaming import MetricWarning
+from calibclip.metrics import MetricGroup, kernel
+from calibclip.metrics._streaming import Column, MetricWarning
 from calibclip.metrics.kernel import (
     KernelCalibrationError,
     MaximumMeanCalibrationError,
@@ -303,6 +304,52 @@ class TestStream:
         other.update(random_case(5, 4)[0], target=random_case(5, 4)[1])
         with pytest.raises(ValueError, match="others: expected 3 classes, as before, got 4"):
             metric.merge(other)
+
+    @pytest.mark.parametrize("estimator", kernel.ESTIMATORS)
+    def test_number_of_classes_after_full_blocks(self, estimator):
+        def full(n_classes):
+            probs, target = random_case(4, n_classes)
+            metric = KernelCalibrationError(estimator=estimator, block_size=2)
+            return metric.update(probs, target=target), (probs, target)
+
+        (metric, _), (other, batch) = full(3), full(4)
+        expected, message = metric.compute(), "expected 3 classes, as before, got 4"
+        empty = KernelCalibrationError(estimator=estimator, block_size=2)
+        loaded = copy.deepcopy(empty).load_state_dict(metric.state_dict())
+        for known in (metric, loaded, copy.deepcopy(empty).merge(metric)):
+            with pytest.raises(ValueError, match=f"^probs, logits: {message}"):
+                known.update(batch[0], target=batch[1])
+            with pytest.raises(ValueError, match=f"^others: {message}"):
+                known.merge(other)
+            assert known.compute() == expected
+        with pytest.raises(ValueError, match=f"^others: {message}"):
+            empty.merge(metric, other)
+        with pytest.raises(ValueError, match=f"^others: {message}"):
+            MetricGroup({"a": metric}).merge(MetricGroup({"a": other}))
+        assert math.isnan(empty.compute())
+        assert empty.reset().update(batch[0], target=batch[1]).compute() == other.compute()
+
+    def test_state_of_other_classes(self):
+        probs, target = random_case(5, 3)
+        metric = KernelCalibrationError(block_size=2).update(probs, target=target)
+        state = metric.state_dict()
+        state["columns"]["n_classes"] = torch.tensor([3, 4])
+        with pytest.raises(ValueError, match=r"^state: expected 3 classes, as before, got 4"):
+            metric.load_state_dict(state)
+        state["columns"]["n_classes"] = torch.tensor([4])
+        with pytest.raises(ValueError, match=r"^state: expected \[4\] scores .* got 3 scores"):
+            metric.load_state_dict(state)
+
+    def test_classes_of_other_processes(self):
+        # What `synced` and torchmetrics make of the columns of several processes.
+        metric = KernelCalibrationError(block_size=2).update(torch.eye(2), target=torch.arange(2))
+        gathered = Column(torch.int64)
+        gathered.append(torch.tensor([2, 3]))
+        metric._columns["n_classes"] = gathered
+        with pytest.raises(
+            ValueError, match=r"^probs, logits: expected 2 classes, as before, got 3"
+        ):
+            metric.compute(sync=False)
 
 
 class TestInputs:

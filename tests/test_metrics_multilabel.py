@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibclip.metrics import MetricWarning
+from calibclip.metrics._predictions import Faults
 from calibclip.metrics.multilabel import (
+    AveragePrecisions,
     MeanAveragePrecision,
     MultilabelPrecisionRecallF1,
     mean_average_precision,
@@ -109,14 +111,26 @@ def test_average_precision_at_the_edges():
     assert MeanAveragePrecision(n_classes=4).compute().n_left_out == 4
 
 
-def test_scores_are_ranked_in_float32():
+@pytest.mark.parametrize("scores", [[[1.0], [1.0 + 1e-9]], [[1e300], [1e305]]])
+def test_scores_are_ranked_as_given_and_in_a_stream_in_float32(scores):
+    target, scores = torch.tensor([[0], [1]]), torch.tensor(scores, dtype=torch.float64)
+    assert mean_average_precision(scores, target).mean == 1.0
+    assert MeanAveragePrecision().update(scores, target).compute().mean == 0.5
+
+
+def test_scores_of_bfloat16():
     target = torch.tensor([[0], [1]])
-    scores = torch.tensor([[1.0], [1.0 - 1e-9]], dtype=torch.float64)
-    assert mean_average_precision(scores, target).mean == 0.5
-    scores = torch.tensor([[1e300], [1e305]], dtype=torch.float64)
-    assert mean_average_precision(scores, target).mean == 0.5  # both too large for float32
     bfloat16 = torch.tensor([[0.5], [0.75]], dtype=torch.bfloat16)
     assert mean_average_precision(bfloat16, target).mean == 1.0
+
+
+def test_the_array_of_the_caller_stays_writable():
+    values = np.array([0.5, 1.0])
+    record = AveragePrecisions(0.75, values, 0)
+    values[0] = 0.25
+    assert record.per_class.tolist() == [0.5, 1.0]
+    with pytest.raises(ValueError, match="read-only"):
+        record.per_class[0] = 0.0
 
 
 # Precision, recall, F1
@@ -325,6 +339,14 @@ def test_refuses_other_classes(name):
         metric.merge(other)
     with pytest.raises(ValueError, match=r"^n_classes: expected an integer >= 1, got 0"):
         make(n_classes=0)
+
+
+@both
+def test_labels_that_an_accelerator_reports_late(name):
+    metric = BOTH[name][0]()
+    metric.count_faults(Faults.none()._replace(mislabelled=torch.tensor(3)))
+    with pytest.raises(ValueError, match=r"^target: expected bool, or 1, 0 and -1, got 3 that"):
+        metric.compute()
 
 
 def test_refuses_options():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from calibclip import metrics
-from calibclip.metrics._predictions import read_predictions
+from calibclip.metrics._predictions import read_binary, read_confidence, read_predictions
 
 METRICS = [
     metrics.accuracy,
@@ -272,6 +272,27 @@ def test_predicted_class_is_read_off_the_logits():
     logits = torch.tensor([[0.0, 1e-9]])  # so close that their probabilities are the same float32
     assert torch.equal(*logits.softmax(1).unbind(1))
     assert metrics.accuracy(logits=logits, target=torch.tensor([1])) == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_probability_above_one_by_rounding_is_one_everywhere(dtype):
+    off = max(5e-5, torch.finfo(dtype).eps)
+    probs, one = torch.tensor([1 + off, 0.5], dtype=dtype), torch.ones(1)
+    rows = torch.stack([probs, 1 - probs], dim=1).clamp(min=0)
+    predictions = read_predictions(rows, None, torch.tensor([0, 0]))
+    confidence, outside = read_confidence("confidence", probs)
+    binary, _, _ = read_binary(probs, torch.tensor([1, 0]))
+    for found in (predictions.confidence, confidence, binary):
+        assert found.tolist() == [1.0, 0.5]
+    assert not outside.any()
+    assert metrics.reliability_table(rows[:1], target=one.long() - 1).confidence[-1] == 1.0
+    assert metrics.binary_reliability_table(probs[:1], one).confidence[-1] == 1.0
+    # More than rounding can do is refused, and what is not finite passes to the policy for it.
+    with pytest.raises(ValueError, match=r"^probs: expected prob.* got 1 of 2 rows outside; apply"):
+        read_binary(probs + torch.tensor([off + 1e-4, 0]), torch.tensor([1, 0]))
+    passed, outside = read_confidence("confidence", torch.tensor([torch.nan, torch.inf]))
+    assert not passed.isfinite().any()
+    assert not outside.any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -3,6 +3,7 @@ import io
 import math
 import pickle
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from calibclip.metrics import MetricWarning
 from calibclip.metrics import _ranking_measures as measures
+from calibclip.metrics._predictions import Faults
 from calibclip.metrics._ranking_state import sketch_edges, sketch_index
-from calibclip.metrics.acceptance import CleanThreshold
+from calibclip.metrics.acceptance import AcceptedAndWrong, CleanThreshold
 from calibclip.metrics.detection import (
     DetectionAUPR,
     DetectionAUROC,
@@ -534,3 +536,28 @@ def test_harmonic_gap():
         assert gap[0] == pytest.approx(float(expected), rel=2e-14)
     far = measures.harmonic_gap(np.array([1e9]), np.array([1.0]))
     assert far[0] == pytest.approx(1 / (1e9 + 1), rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("metric", "argument"),
+    [
+        (FailureAUROC, "uncertainty"),
+        (AURC, "uncertainty"),
+        (DetectionAUROC, "uncertainty_clean, uncertainty_adv"),
+        (FPRAtTPR, "score"),
+        (CleanThreshold, "uncertainty_clean"),
+        (partial(AcceptedAndWrong, 0.5), "uncertainty_adv"),
+    ],
+)
+def test_nan_that_an_accelerator_reports_late(metric, argument):
+    late = Faults.none()._replace(nonfinite=torch.tensor(2))
+    found = metric()
+    found.count_faults(late)
+    with pytest.raises(
+        ValueError, match=f"^{argument}: expected values that are no NaN, got 2 rows"
+    ):
+        found.compute()
+    found = metric(nan="omit")
+    found.count_faults(late)
+    with pytest.warns(MetricWarning, match=r": 2 rows with NaN were left out$"):
+        found.compute()

@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import math
+import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -269,6 +270,24 @@ class TestAcceptedAndWrong:
         with pytest.warns(MetricWarning, match="1 rows"):
             assert accepted_and_wrong(uncertainty, correct, 2.0, nan="omit") == 0.5
         assert math.isnan(accepted_and_wrong(uncertainty, correct, 2.0, nan="propagate"))
+
+    @pytest.mark.parametrize("threshold", [math.nan, math.inf, -math.inf])
+    def test_a_threshold_that_is_not_finite_reloads_and_merges(self, threshold):
+        metric = AcceptedAndWrong(threshold).update(UNCERTAINTY, CORRECT)
+        # Pickling makes another NaN.
+        state = pickle.loads(pickle.dumps(metric.state_dict()))
+        loaded = AcceptedAndWrong(float(str(threshold))).load_state_dict(state)
+        value = loaded.merge(metric).compute()
+        assert value == pytest.approx(metric.compute(), nan_ok=True)
+        for other in (0.5, math.nan if math.isinf(threshold) else math.inf):
+            with pytest.raises(ValueError, match="state: expected options"):
+                AcceptedAndWrong(other).load_state_dict(state)
+
+    @pytest.mark.parametrize("kind", [int, np.int64, np.float32])
+    def test_any_real_threshold(self, kind):
+        metric = AcceptedAndWrong(kind(2)).update(torch.tensor([2.0, 3.0]), torch.zeros(2))
+        assert metric.compute() == 0.5
+        assert type(metric.options["threshold"]) is float
 
     def test_arguments(self):
         for threshold in ("2", None, True, torch.tensor(2.0)):

@@ -129,7 +129,7 @@ RESULTS = {
     "AttackResult",
     "AttackWarning",
     "AveragePrecisions",
-    "CalibrationShift",
+    "CalibrationShiftSummary",
     "Diagnostics",
     "FailureScores",
     "Interval",

@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import pickle
@@ -516,8 +517,36 @@ class TestVectorScaling:
         assert VectorScaling.from_dict(json.loads(json.dumps(fit.to_dict()))) == fit
         assert repr(fit).startswith("VectorScaling(weight=[")
         assert "n_classes=3, n_samples=300)" in repr(fit)
-        with pytest.raises(ValueError, match="bias: expected 3 numbers"):
+        with pytest.raises(ValueError, match=r"^bias: expected 3 entries, one a weight, got 1$"):
             VectorScaling.from_dict({**fit.to_dict(), "bias": (1.0,)})
+
+    @pytest.mark.parametrize("mask", [-1e30, torch.finfo(torch.float32).min, np.finfo(float).min])
+    def test_next_to_huge_numbers_the_temperature_is_kept(self, mask):
+        logits, target = sample(3, n=200)
+        hidden = np.random.default_rng(3).uniform(size=logits.shape) < 0.3
+        hidden[np.arange(200), target] = False
+        logits[hidden] = mask
+        with pytest.warns(RecalibrationWarning, match="worse fit .* is kept: mask .* by -inf") as w:
+            fit = fit_vector_scaling(logits, target)
+        assert [warning.filename for warning in w] == [__file__]
+        assert not fit.converged
+        assert fit.bias == (0.0,) * 5
+        assert len(set(fit.weight)) == 1
+        assert fit.nll_after <= fit.nll_before
+        assert fit.nll_after == pytest.approx(float(exact_nll(fit(logits), target)[0]), rel=1e-12)
+        if mask > -1e300:
+            best = fit_temperature(logits, target)
+            assert fit.weight[0] == 1 / best.temperature
+            assert fit.nll_after == best.nll_after
+        assert VectorScaling.from_dict(json.loads(json.dumps(fit.to_dict()))) == fit
+
+    def test_large_numbers_are_data(self):
+        logits, target = sample(3, n=200)
+        low = np.random.default_rng(3).uniform(size=logits.shape) < 0.3
+        low[np.arange(200), target] = False
+        logits[low] = -1e8
+        fit = fit_vector_scaling(logits, target)
+        assert fit.nll_after == pytest.approx(float(exact_nll(fit(logits), target)[0]), rel=1e-12)
 
     def test_wrong_arguments(self):
         with pytest.raises(ValueError, match="ridge: expected a number > 0"):
@@ -635,6 +664,12 @@ class TestIsotonic:
         expected = torch.tensor([[0.4, 0.3, 0.3], [0, 1, 0], [1, 0, 0]])
         torch.testing.assert_close(fit(probs), expected)
 
+    def test_one_vs_rest_of_probabilities_above_one_by_rounding(self):
+        probs = torch.tensor([[1.00005, 0.0], [1.0, 0.0], [0.2, 0.8]])
+        fit = fit_isotonic(probs, target=torch.tensor([0, 1, 1]), method="one-vs-rest")
+        assert fit.knots[0][-1] == 1
+        torch.testing.assert_close(fit(probs), torch.tensor([[0.5, 0.5], [0.5, 0.5], [0, 1]]))
+
     def test_one_level_of_confidence(self):
         probs, target = two_classes([0.8] * 4, [1, 0, 1, 1])
         fit = fit_isotonic(probs, target=target)
@@ -673,8 +708,6 @@ class TestIsotonic:
             fit(torch.eye(3))
         with pytest.raises(ValueError, match="method: expected 'top-label' for a confidence"):
             fit.confidence(torch.tensor([0.5]))
-        with pytest.raises(ValueError, match="values: expected a value for each knot"):
-            IsotonicCalibration("top-label", ((0.5,),), ((0.5, 0.6),), 1)
 
 
 class TestHistogramBinning:
@@ -735,6 +768,33 @@ class TestHistogramBinning:
         fit = fit_histogram_binning(probs, target=target, n_bins=15)
         assert fit.count == (0,) * 7 + (1,) * 8
 
+    def test_rounding_moves_no_sample_across_an_edge_of_equal_mass(self):
+        wide = torch.from_numpy(np.random.default_rng(0).uniform(0.5, 1, 200))
+        correct = torch.arange(200) % 3 > 0
+        for confidence in (wide, wide.float()):
+            probs, target = two_classes(confidence, correct, confidence.dtype)
+            fit = fit_histogram_binning(probs, target=target, n_bins=15, binning="mass")
+            numbered = {**fit.to_dict(), "accuracy": [k / 15 for k in range(15)]}
+            fit = HistogramBinning.from_dict(numbered)
+            for other in (wide, wide.float()):
+                bins = (15 * fit.confidence(other)).round().long()
+                assert tuple(bins.bincount().tolist()) == fit.count
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_equal_mass_of_neighbouring_numbers(self, dtype):
+        confidence = [torch.tensor(0.7, dtype=dtype)]
+        for _ in range(7):
+            confidence.append(torch.nextafter(confidence[-1], torch.ones((), dtype=dtype)))
+        probs, target = two_classes(torch.stack(confidence), [0, 1] * 4, dtype)
+        fit = fit_histogram_binning(probs, target=target, n_bins=8, binning="mass")
+        assert fit.count == (1,) * 8
+        assert fit.confidence(torch.stack(confidence)).tolist() == [0, 1] * 4
+
+    def test_edges_of_equal_mass_are_midway(self):
+        probs, target = two_classes([0.5, 0.625, 0.75, 0.75, 1.0], [1] * 5)
+        fit = fit_histogram_binning(probs, target=target, n_bins=3, binning="mass")
+        assert fit.edges == (0.5625, 0.875)
+
     def test_in_sample_error_of_the_bins_vanishes(self):
         logits, target = sample(27, n=500, n_classes=3, sharpness=1.5)
         logits *= 3
@@ -752,8 +812,6 @@ class TestHistogramBinning:
             fit_histogram_binning(probs, target=target, n_bins=0)
         with pytest.raises(ValueError, match="binning: expected one of 'width', 'mass'"):
             fit_histogram_binning(probs, target=target, binning="equal")
-        with pytest.raises(ValueError, match="accuracy, count: expected 2 numbers each"):
-            HistogramBinning("width", (0.5,), (0.5,), (1,))
 
     def test_repr(self):
         fit = fit_histogram_binning(torch.eye(2), target=torch.tensor([0, 1]), n_bins=4)
@@ -860,13 +918,28 @@ class TestTopLabel:
         assert result.dtype == torch.bfloat16
         assert result.tolist() == [[0.5] * 3]
         assert isinstance(half.confidence(np.array([0.5])), np.ndarray)
-        for bad in ([1.1], [-0.1], [math.nan]):
+        for bad in ([1.001], [-0.1], [math.nan], [math.inf]):
             with pytest.raises(
-                ValueError, match=r"confidence: expected numbers in \[0, 1\], got 1"
+                ValueError, match=r"^confidence: expected confidences in \[0, 1\], got 1"
             ):
                 half.confidence(torch.tensor(bad))
         with pytest.raises(TypeError, match="confidence: expected a floating-point"):
             half.confidence(0.5)
+
+    def test_no_confidence(self, fit):
+        for shape in ((0,), (2, 0), (0, 3)):
+            assert half_right(fit).confidence(torch.empty(shape)).shape == shape
+        assert half_right(fit).confidence(np.empty(0, np.float32)).dtype == np.float32
+        with pytest.raises(ValueError, match=r"^confidence: .*shape \(..., N\), got .* \(\)$"):
+            half_right(fit).confidence(torch.tensor(0.5))
+
+    def test_confidences_above_one_by_rounding(self, fit):
+        above = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+        probs = torch.tensor([[0.6, 0.4], [above, 0.0], [1.00005, 0.0], [0.9, 0.1]])
+        fitted = fit(probs, target=torch.tensor([0, 0, 1, 0]))
+        assert type(fitted).from_dict(fitted.to_dict()) == fitted
+        one = fitted.confidence(torch.tensor([1.0])).item()
+        assert fitted.confidence(torch.tensor([above, 1.0000001, 1.00009])).tolist() == [one] * 3
 
     def test_no_sample(self, fit):
         with pytest.raises(ValueError, match="target: expected at least one sample"):
@@ -883,3 +956,149 @@ def test_confidences_a_rounding_above_one_leave_no_negative_probability():
     )
     probs = fitted(probs=torch.tensor([[1.00005, 0.0, 0.0]]))
     assert probs.tolist() == [[1.0, 0.0, 0.0]]
+
+
+# The state of the maps
+
+
+STATES = {
+    Temperature: {
+        "temperature": 2.0,
+        "logit_scale": 50.0,
+        "nll_before": 1.0,
+        "nll_after": 0.5,
+        "bound": None,
+        "converged": True,
+        "n_iterations": 3,
+        "n_samples": 4,
+    },
+    VectorScaling: {
+        "weight": (1.0, 2.0),
+        "bias": (0.0, -1.0),
+        "ridge": 1.0,
+        "nll_before": 1.0,
+        "nll_after": 0.5,
+        "gradient_norm": 1e-9,
+        "converged": True,
+        "n_iterations": 3,
+        "n_samples": 4,
+    },
+    HistogramBinning: {
+        "binning": "width",
+        "edges": (0.25, 0.5),
+        "accuracy": (None, 0.5, 1.0),
+        "count": (0, 2, 1),
+    },
+    IsotonicCalibration: {
+        "method": "one-vs-rest",
+        "knots": ((0.5, 0.6), (0.1,)),
+        "values": ((0.0, 1.0), (0.5,)),
+        "n_samples": 4,
+    },
+}
+FIT_FIELDS = [
+    ({"nll_before": math.nan}, r"nll_before: expected a number >= 0, got nan"),
+    ({"nll_after": -1.0}, r"nll_after: expected a number >= 0, got -1.0"),
+    ({"nll_after": None}, r"nll_after: expected a number >= 0, got NoneType None"),
+    ({"converged": "no"}, r"converged: expected True or False, got str 'no'"),
+    ({"n_iterations": -1}, r"n_iterations: expected an integer >= 0, got -1"),
+    ({"n_samples": 0}, r"n_samples: expected an integer >= 1, got 0"),
+]
+ENTRIES = r"entries, one a"
+WRONG_STATES = {
+    Temperature: [
+        *FIT_FIELDS,
+        ({"temperature": 0}, r"temperature: expected a number > 0, got 0"),
+        ({"temperature": math.nan}, r"temperature: expected a number > 0, got nan"),
+        ({"temperature": 1, "logit_scale": -3}, r"logit_scale: expected a number > 0, got -3"),
+        ({"bound": "left"}, r"bound: expected one of 'lower', 'upper', got 'left'"),
+    ],
+    VectorScaling: [
+        *FIT_FIELDS,
+        ({"weight": ()}, r"weight: expected two numbers at least, one a class, got 0"),
+        ({"weight": 1.0}, r"weight: expected a tuple, got float 1.0"),
+        ({"weight": np.ones(2)}, r"weight: expected a tuple, got .* \(2,\); call its tolist\(\)"),
+        ({"weight": (1.0, math.nan)}, r"weight\[1\]: expected a number, got nan"),
+        ({"bias": (1.0, "2")}, r"bias\[1\]: expected a number, got str '2'"),
+        ({"bias": (1.0,)}, rf"bias: expected 2 {ENTRIES} weight, got 1"),
+        ({"ridge": 0.0}, r"ridge: expected a number > 0, got 0.0"),
+        ({"gradient_norm": math.nan}, r"gradient_norm: expected a number >= 0, got nan"),
+    ],
+    HistogramBinning: [
+        ({"binning": "equal"}, r"binning: expected one of 'width', 'mass', got 'equal'"),
+        ({"edges": (0.5, 0.25)}, r"edges\[1\]: expected a number > the one before, 0.5, got 0.25"),
+        ({"edges": (0.5, 0.5)}, r"edges\[1\]: expected a number > the one before, 0.5, got 0.5"),
+        ({"edges": (0.5, math.nan)}, r"edges\[1\]: expected a number >= 0 and <= 1, got nan"),
+        ({"edges": (0.5, 1.5)}, r"edges\[1\]: expected a number >= 0 and <= 1, got 1.5"),
+        ({"edges": ()}, rf"accuracy: expected 1 {ENTRIES} bin, got 3"),
+        ({"edges": "ab"}, r"edges: expected a tuple, got str 'ab'"),
+        ({"count": (0, 2)}, rf"count: expected 3 {ENTRIES} bin, got 2"),
+        ({"count": (0, 2, -1)}, r"count\[2\]: expected an integer >= 0, got -1"),
+        (
+            {"accuracy": (None, 0.5, 1.5)},
+            r"accuracy\[2\]: expected a number .* <= 1, got 1.5",
+        ),
+        (
+            {"accuracy": (None, None, 1.0)},
+            r"accuracy\[1\]: expected a number .* NoneType None",
+        ),
+        ({"accuracy": (0.5, 0.5, 1.0)}, r"accuracy\[0\]: expected None for an empty bin, got 0.5"),
+    ],
+    IsotonicCalibration: [
+        ({"method": "ovr"}, r"method: expected one of 'top-label', 'one-vs-rest', got 'ovr'"),
+        ({"method": "top-label"}, r"knots: expected one curve, got 2"),
+        ({"knots": ()}, r"knots: expected two curves at least, one a class, got 0"),
+        ({"knots": ((0.5, 0.6),)}, r"knots: expected two curves at least, one a class, got 1"),
+        ({"knots": (0.5, 0.6)}, r"knots\[0\]: expected a tuple, got float 0.5"),
+        ({"knots": ((0.5, 0.6), ())}, r"knots\[1\]: expected at least one knot, got none"),
+        ({"knots": ((0.6, 0.5), (0.1,))}, r"knots\[0\]\[1\]: expected .* before, 0.6, got 0.5"),
+        ({"knots": ((0.5, math.nan), (0.1,))}, r"knots\[0\]\[1\]: expected a number .*, got nan"),
+        ({"values": ((0.0, 1.0),)}, rf"values: expected 2 {ENTRIES} curve, got 1"),
+        ({"values": ((0.0, 1.0), ())}, rf"values\[1\]: expected 1 {ENTRIES} knot, got 0"),
+        ({"values": ((1.0, 0.0), (0.5,))}, r"values\[0\]\[1\]: .* >= the one before, 1.0, got 0.0"),
+        ({"values": ((0.0, 1.1), (0.5,))}, r"values\[0\]\[1\]: expected a number .*, got 1.1"),
+        ({"n_samples": 2.5}, r"n_samples: expected an integer >= 1, got float 2.5"),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+class TestState:
+    def test_right_ones(self, kind):
+        state = STATES[kind]
+        fit = kind(**state)
+        assert fit.to_dict() == state
+        assert kind.from_dict(json.loads(json.dumps(state))) == fit
+        assert repr(fit).startswith(kind.__name__)
+
+    def test_wrong_fields(self, kind):
+        for change, message in WRONG_STATES[kind]:
+            state = {**STATES[kind], **change}
+            for make in (kind.from_dict, lambda state: kind(**state)):
+                with pytest.raises((TypeError, ValueError), match=f"^{message}$"):
+                    make(state)
+
+    def test_wrong_keys(self, kind):
+        first, *others = STATES[kind]
+        state = {name: STATES[kind][name] for name in others}
+        fields = f"^state: expected the fields {', '.join(STATES[kind])}, got"
+        remedy = "pass what to_dict returned$"
+        with pytest.raises(ValueError, match=f"{fields} no {first}; {remedy}"):
+            kind.from_dict(state)
+        with pytest.raises(ValueError, match=f"{fields} no {first}, an unknown 'x'; {remedy}"):
+            kind.from_dict({**state, "x": 1})
+        with pytest.raises(TypeError, match=rf"{fields} list \[\]; {remedy}"):
+            kind.from_dict([])
+
+
+def test_warnings_name_the_line_outside_of_the_package(monkeypatch):
+    names = {"__name__": "calibclip.caller"}
+    exec(compile("def call(f, *arguments):\n    return f(*arguments)", "caller.py", "exec"), names)
+    short = functools.partial(fit_vector_scaling, ridge=1e-6, max_iterations=1)
+    with pytest.warns(RecalibrationWarning, match="gradient") as caught:
+        names["call"](short, *sample(19))
+    assert caught[0].filename == __file__
+    monkeypatch.setattr(temperature, "find_root", lambda f, x: find_root(f, x, 1))
+    with pytest.warns(RecalibrationWarning, match="no convergence") as caught:
+        names["call"](fit_temperature, *sample(8))
+    assert caught[0].filename == __file__

@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import mpmath
@@ -374,6 +375,40 @@ def test_transforms_of_torch_func(measure):
     torch.testing.assert_close(found, rows.grad)
 
 
+@pytest.mark.parametrize("measure", [*SMOOTH, dissonance, *PUBLISHED], **ids)
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_vmap(measure, dtype):
+    rows = torch.rand(3, 2, 5, generator=torch.Generator().manual_seed(0)) * 6
+    for low in (-2, 1, 20):  # with and without concentrations that need a recurrence
+        log_alpha = (rows + low).to(dtype)
+        want = measure(log_alpha)
+        rtol = 5e-6 if dtype == F32 else 1e-12
+        for found in (
+            torch.func.vmap(measure)(log_alpha),
+            torch.func.vmap(torch.func.vmap(measure))(log_alpha),
+            torch.func.vmap(measure, in_dims=1, out_dims=1)(log_alpha),
+        ):
+            torch.testing.assert_close(found, want, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("measure", [*SMOOTH, *PUBLISHED], **ids)
+def test_gradients_of_each_row_by_vmap(measure):
+    rows = torch.rand(3, 5, generator=torch.Generator().manual_seed(0), dtype=F64) * 6
+    found = torch.func.vmap(torch.func.grad(measure))(rows)
+    measure(rows.requires_grad_()).sum().backward()
+    torch.testing.assert_close(found, rows.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_vmap_of_conflictiveness():
+    rows = torch.rand(3, 2, 5, generator=torch.Generator().manual_seed(0)) * 6
+    others = rows.flip(-1)
+    found = torch.func.vmap(conflictiveness)(rows, others)
+    torch.testing.assert_close(found, conflictiveness(rows, others), rtol=5e-6, atol=0)
+    found = torch.func.vmap(conflictiveness, in_dims=(0, None))(rows[:, 0], rows[0, 1])
+    want = conflictiveness(rows[:, 0], rows[0, 1].expand(3, 5))
+    torch.testing.assert_close(found, want, rtol=5e-6, atol=0)
+
+
 @pytest.mark.parametrize("measure", [*MEASURES, expected_pairwise_kl], **ids)
 def test_absent_classes(measure):
     """At -infinity, or as good as: a class without a share. Those that count classes count it."""
@@ -647,6 +682,33 @@ def test_bad_arguments_of_measures_without_options(measure):
         measure(torch.ones(3).long(), *others)
     with pytest.raises(ValueError, match=r"^log_alpha: .* the last size >= 1, got .* \(2, 0\)$"):
         measure(torch.ones(2, 0), *others)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [*SMOOTH, dissonance, conflictiveness, *PUBLISHED, published_log_concentration],
+    **ids,
+)
+def test_errors_are_documented(measure):
+    """The docstring's line of an error names what is at fault."""
+    text = inspect.getdoc(measure)
+    raises = text[text.index("Raises:\n") : text.index("Example:\n")]
+    lines = {line.split(":")[0].strip(): line for line in raises.splitlines()[1:]}
+    others = [torch.ones(3)] if measure is conflictiveness else []
+    faults = [
+        (torch.ones(3).long(), {}, "floating-point tensor"),
+        (torch.tensor(1.0), {}, "no dimension"),
+        (torch.ones(3, 0), {}, "fewer than two" if measure in PUBLISHED else "no class"),
+    ]
+    if measure in (*MEASURES, expected_pairwise_kl):
+        faults += [
+            (torch.ones(3), {"normalize": 1}, "``normalize`` no bool"),
+            (torch.ones(3, 1), {"normalize": True}, "with ``normalize`` only one"),
+        ]
+    for given_, options, said in faults:
+        with pytest.raises((TypeError, ValueError), match=": expected") as caught:
+            measure(given_, *others, **options)
+        assert said in lines[caught.type.__name__]
 
 
 def test_bad_arguments_of_conflictiveness():

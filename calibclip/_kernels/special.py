@@ -36,9 +36,19 @@ _BERNOULLI = {
 }
 
 
+def _may_look(t: Tensor) -> bool:
+    """Return whether values can be read: not from a stalled accelerator, nor while tracing."""
+    return (
+        t.device.type == "cpu"
+        and t.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
+
+
 def largest(t: Tensor) -> float:
-    """Return ``max |t|``, or infinity on an accelerator, where looking would stall it."""
-    if t.device.type != "cpu" or t.numel() == 0:
+    """Return ``max |t|``, or infinity where it cannot be looked at."""
+    if not _may_look(t):
         return math.inf
     low, high = torch.aminmax(t.detach())
     bound = max(-float(low), float(high))
@@ -46,8 +56,8 @@ def largest(t: Tensor) -> float:
 
 
 def smallest(t: Tensor) -> float:
-    """Return ``min t``, or -infinity on an accelerator or next to a NaN."""
-    if t.device.type != "cpu" or t.numel() == 0:
+    """Return ``min t``, or -infinity next to a NaN and where it cannot be looked at."""
+    if not _may_look(t):
         return -math.inf
     low = float(t.detach().min())
     return -math.inf if math.isnan(low) else low

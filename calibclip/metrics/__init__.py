@@ -36,7 +36,7 @@ from calibclip.metrics.calibration import (
     signed_calibration_error,
 )
 from calibclip.metrics.calibration_shift import (
-    CalibrationShift,
+    CalibrationShiftSummary,
     OverconfidenceOnErrors,
     OverconfidenceTerms,
     calibration_shift,
@@ -141,7 +141,7 @@ __all__ = [
     "BrierDecomposition",
     "BrierScore",
     "BrierTerms",
-    "CalibrationShift",
+    "CalibrationShiftSummary",
     "ClasswiseCalibrationError",
     "CleanThreshold",
     "CoverageAtRisk",

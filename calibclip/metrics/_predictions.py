@@ -15,6 +15,17 @@ ArrayLike: TypeAlias = Tensor | np.ndarray
 
 NAN_POLICIES = ("raise", "omit", "propagate")
 
+REMEDY = "nan='omit' leaves such rows out, nan='propagate' returns NaN"
+
+# Of faults that are found late: the argument, what was expected of it and what to do.
+Fault: TypeAlias = tuple[str, str, str]
+NO_DISTRIBUTION: Fault = (
+    "probs",
+    "rows of probabilities in [0, 1] that sum to 1",
+    "if these are logits pass logits=",
+)
+NO_CLASS: Fault = ("target", "class indices below K", "")
+
 # Entries of a block of rows that is worked on at once: 1 MB of float32.
 _BLOCK = 2**18
 
@@ -25,23 +36,21 @@ class Faults(NamedTuple):
     nonfinite: Tensor
     """Rows with NaN or infinity (of logits: NaN, +inf, or -inf only)."""
     improper: Tensor
-    """Rows of ``probs`` that are no distribution."""
+    """Rows of ``probs`` that are no distribution, or confidences that are none."""
     mislabelled: Tensor
-    """Targets that are no class."""
+    """Targets that are no class, or labels that are none."""
 
     @staticmethod
     def none() -> Faults:
         return Faults(*(torch.zeros((), dtype=torch.int64) for _ in range(3)))
 
-    def check(self) -> None:
+    def check(self, improper: Fault = NO_DISTRIBUTION, mislabelled: Fault = NO_CLASS) -> None:
         """Raise for what could not be looked at during an update on an accelerator."""
-        improper, mislabelled = int(self.improper), int(self.mislabelled)
-        if improper:
-            expected = "rows of probabilities in [0, 1] that sum to 1"
-            remedy = "if these are logits pass logits="
-            raise ValueError(wrong("probs", expected, f"{improper} that do not fit", remedy))
-        if mislabelled:
-            raise ValueError(wrong("target", "class indices below K", f"{mislabelled} outside"))
+        for count, fault in ((self.improper, improper), (self.mislabelled, mislabelled)):
+            if int(count):
+                argument, expected, remedy = fault
+                got = f"{int(count)} that do not fit"
+                raise ValueError(wrong(argument, expected, got, remedy))
 
 
 class Predictions:
@@ -93,7 +102,7 @@ class Predictions:
     @cached_property
     def confidence(self) -> Tensor:
         """Probability of the predicted class, shape ``(N,)``, in the dtype of the scores."""
-        return _entries(self.probs, self.predicted)
+        return _entries(self.probs, self.predicted).clamp(max=1.0)
 
     @cached_property
     def log_odds(self) -> Tensor:
@@ -215,21 +224,16 @@ def read_predictions(
     are_logits = probs is None
     argument, given = ("logits", logits) if are_logits else ("probs", probs)
 
-    given = check_floating(argument, as_tensor(given), shape="(N, K)", ndim=2).detach()
+    given = check_floating(argument, as_tensor(given), shape="(N, K)", ndim=2)
     if given.shape[1] < 2:
         remedy = "for a two-class score s pass torch.stack([1 - s, s], dim=1)"
         raise ValueError(wrong(argument, "shape (N, K) with K >= 2", describe(given), remedy))
-    scores = given.to(torch.float64 if given.dtype == torch.float64 else torch.float32)
-    if scores.device.type == "mps":
-        scores = scores.cpu()  # MPS has no float64, in which all sums are kept
-    scores = scores.contiguous()  # with strides softmax rounds otherwise
+    scores = widened(given).contiguous()  # with strides softmax rounds otherwise
     target, mislabelled = _read_target(target, scores)
     if are_logits:
         nonfinite, improper = _faulty_logits(scores, nan), None
     else:
-        # Rounding every entry moves a row sum by up to eps / 2; 1e-4 covers sums of many classes.
-        tolerance = max(1e-4, torch.finfo(given.dtype).eps)
-        nonfinite, improper = _faulty_probabilities(scores, tolerance, nan)
+        nonfinite, improper = _faulty_probabilities(scores, _slack(given), nan)
     none = torch.zeros((), dtype=torch.int64, device=scores.device)
     faults = Faults(*(none if f is None else f.sum() for f in (nonfinite, improper, mislabelled)))
     if nan == "omit" and nonfinite is not None and bool(nonfinite.any()):
@@ -246,20 +250,72 @@ def read_binary(
         The probabilities, shape ``(N,)``, the truth, shape ``(N,)``, bool, and the faults.
     """
     check_choice("nan", nan, NAN_POLICIES)
-    given = check_floating("probs", as_tensor(probs), shape="(N,)", ndim=1, empty=True).detach()
-    scores = given.to(torch.float64 if given.dtype == torch.float64 else torch.float32)
+    scores, _ = read_confidence("probs", probs, "probabilities in [0, 1]", "apply a sigmoid")
     # The probabilities are looked at here: so may the flags be.
     truth = read_flags("target", target, scores, look=True)
     bad = ~scores.isfinite()
-    if nan == "raise" and bad.any():
-        got = f"{_rows(bad)} with NaN or infinity"
-        raise ValueError(wrong("probs", "finite values", got, REMEDY))
-    outside = ((scores < 0) | (scores > 1)) & ~bad
-    if outside.any():
-        got = f"{_rows(outside)} outside"
-        raise ValueError(wrong("probs", "probabilities in [0, 1]", got, "apply a sigmoid"))
+    raise_nonfinite("probs", bad, nan, look=True)
     faults = Faults.none()._replace(nonfinite=bad.sum())
     return (scores, truth, faults) if nan != "omit" else (scores[~bad], truth[~bad], faults)
+
+
+def read_confidence(
+    argument: str,
+    value: object,
+    expected: str = "confidences in [0, 1]",
+    remedy: str = "",
+    *,
+    look: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Check probabilities, one a sample; those that are not finite pass.
+
+    Args:
+        argument: Name for messages.
+        value: Shape ``(N,)``, floating, a tensor or an array.
+        expected: What they should be, for messages.
+        remedy: What to do if they are not.
+        look: Raise for values outside [0, 1] on an accelerator, too, which stalls it.
+
+    Returns:
+        The probabilities, those above 1 by rounding set to 1, and which are outside.
+    """
+    given = check_floating(argument, as_tensor(value), shape="(N,)", ndim=1, empty=True)
+    scores, bound = widened(given), 1 + _slack(given)
+    outside = ((scores < 0) | (scores > bound)) & scores.isfinite()
+    if (look or scores.device.type == "cpu") and bool(outside.any()):
+        raise ValueError(wrong(argument, expected, f"{_rows(outside)} outside", remedy))
+    return scores.masked_fill((scores > 1) & (scores <= bound), 1.0), outside
+
+
+def raise_nonfinite(argument: str, bad: Tensor, nan: str, *, look: bool = False) -> None:
+    """Raise for rows with NaN or infinity, on an accelerator only if ``look``: it would stall it.
+
+    Args:
+        argument: Name for messages.
+        bad: Which rows are not finite, shape ``(N,)``, bool.
+        nan: The policy; only ``"raise"`` raises.
+        look: Whether to look on any device.
+
+    Raises:
+        ValueError: The policy is to raise, and a row is not finite.
+    """
+    if nan == "raise" and (look or bad.device.type == "cpu") and bool(bad.any()):
+        got = f"{_rows(bad)} with NaN or infinity"
+        raise ValueError(wrong(argument, "finite values", got, REMEDY))
+
+
+def widened(given: Tensor) -> Tensor:
+    """Return float64 as it is and any other float in float32, cut from any autograd graph."""
+    given = given.detach()
+    if given.device.type == "mps":
+        given = given.cpu()  # MPS has no float64, in which all sums are kept
+    return given if given.dtype == torch.float64 else given.float()
+
+
+def _slack(given: Tensor) -> float:
+    """Return how far above 1 rounding may take a probability, or the sum of a row of them."""
+    # Rounding every entry moves a sum by up to eps / 2; 1e-4 covers sums of many classes.
+    return max(1e-4, torch.finfo(given.dtype).eps)
 
 
 def read_flags(argument: str, value: object, like: Tensor, *, look: bool = False) -> Tensor:
@@ -332,9 +388,7 @@ def _faulty_probabilities(
     improper = ((lowest < 0) | ((total - 1).abs() > tolerance)) & ~nonfinite
     if probs.device.type != "cpu":
         return nonfinite, improper
-    if nan == "raise" and nonfinite.any():
-        got = f"{_rows(nonfinite)} with NaN or infinity"
-        raise ValueError(wrong("probs", "finite values", got, REMEDY))
+    raise_nonfinite("probs", nonfinite, nan)
     if improper.any():
         first = int(improper.nonzero()[0])
         expected = f"rows of probabilities in [0, 1] that sum to 1 within {tolerance:.2g}"
@@ -344,9 +398,6 @@ def _faulty_probabilities(
         )
         raise ValueError(wrong("probs", expected, got, "if these are logits pass logits="))
     return nonfinite, None
-
-
-REMEDY = "nan='omit' leaves such rows out, nan='propagate' returns NaN"
 
 
 def _rows(bad: Tensor) -> str:

@@ -16,7 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from calibclip._checks import check_flag, check_floating, wrong
-from calibclip.metrics._predictions import REMEDY, ArrayLike, Faults, as_tensor, read_flags
+from calibclip.metrics._predictions import (
+    REMEDY,
+    ArrayLike,
+    Faults,
+    as_tensor,
+    read_flags,
+    widened,
+)
 from calibclip.metrics._streaming import Column, Metric, Value
 
 N_BINS = 2**16
@@ -88,7 +95,7 @@ def sketch_edges(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return lower, upper
 
 
-def read_scores(argument: str, value: object, nan: str) -> tuple[Tensor, Tensor]:
+def read_ranked(argument: str, value: object, nan: str) -> tuple[Tensor, Tensor]:
     """Check scores; infinite ones are legal, they rank first or last.
 
     Args:
@@ -99,10 +106,8 @@ def read_scores(argument: str, value: object, nan: str) -> tuple[Tensor, Tensor]
     Returns:
         The scores, float64 if given so, else float32, and which of them are NaN.
     """
-    given = check_floating(argument, as_tensor(value), shape="(N,)", ndim=1, empty=True).detach()
-    if given.device.type == "mps":
-        given = given.cpu()  # MPS has no float64
-    scores = given.to(torch.float64 if given.dtype == torch.float64 else torch.float32)
+    given = check_floating(argument, as_tensor(value), shape="(N,)", ndim=1, empty=True)
+    scores = widened(given)
     bad = scores.isnan()
     if nan == "raise" and bad.device.type == "cpu" and bad.any():
         got = f"{int(bad.sum())} of {len(bad)} that are NaN"
@@ -116,6 +121,8 @@ class RankingMetric(Metric[Value]):
     Args:
         options: Options of the metric, among them ``nan`` and ``sketch``.
     """
+
+    _INFINITY_IS_LEGAL = True
 
     def __init__(self, **options: Any) -> None:
         check_flag("sketch", options["sketch"])
@@ -159,9 +166,12 @@ class RankingMetric(Metric[Value]):
     def _measure(self, tally: Tally) -> Value:
         """Return the value of a tally."""
 
-    @abstractmethod
     def _range(self, tally: Tally) -> tuple[float, float]:
-        """Return the least and the largest value of the rankings that a sketch may stand for."""
+        """Return the least and the largest value of the rankings that a sketch may stand for.
+
+        This one promises nothing.
+        """
+        return -math.inf, math.inf
 
     def _bound(self, tally: Tally) -> float:
         value = self._measure(tally)
@@ -200,6 +210,8 @@ class RankingMetric(Metric[Value]):
 class FailureMetric(RankingMetric[Value]):
     """Base of the metrics of failure detection, whose positive class is the error."""
 
+    _SCORES = "uncertainty"
+
     def update(self, uncertainty: ArrayLike, correct: ArrayLike) -> FailureMetric[Value]:
         """Take in a batch.
 
@@ -214,13 +226,15 @@ class FailureMetric(RankingMetric[Value]):
             TypeError: ``uncertainty`` is not floating, or one of the two is no tensor or array.
             ValueError: A shape is wrong, a value is NaN, or ``correct`` is neither 0 nor 1.
         """
-        score, bad = read_scores("uncertainty", uncertainty, self.options["nan"])
+        score, bad = read_ranked("uncertainty", uncertainty, self.options["nan"])
         self._take(score, ~read_flags("correct", correct, score), bad)
         return self
 
 
 class DetectionMetric(RankingMetric[Value]):
     """Base of the metrics of the detection of adversarial images, which are the flagged class."""
+
+    _SCORES = "uncertainty_clean, uncertainty_adv"
 
     def update(
         self, uncertainty_clean: ArrayLike | None = None, uncertainty_adv: ArrayLike | None = None
@@ -243,7 +257,7 @@ class DetectionMetric(RankingMetric[Value]):
             raise TypeError(wrong(", ".join(given), "one or both", "neither"))
         nan = self.options["nan"]
         batches = [
-            (*read_scores(name, value, nan), name == "uncertainty_adv")
+            (*read_ranked(name, value, nan), name == "uncertainty_adv")
             for name, value in given.items()
             if value is not None
         ]
@@ -252,13 +266,13 @@ class DetectionMetric(RankingMetric[Value]):
         return self
 
 
-AnyRanking = TypeVar("AnyRanking", bound=RankingMetric[Any])
+AnyMetric = TypeVar("AnyMetric", bound=Metric[Any])
 
 
-def in_float64(metric: AnyRanking) -> AnyRanking:
+def in_float64(metric: AnyMetric, column: str = "score") -> AnyMetric:
     """Let an empty metric keep scores in float64, for a function, whose state is short-lived.
 
     In float32, which is enough to stream, float64 scores that are very close would tie.
     """
-    metric._columns["score"] = Column(torch.float64)
+    metric._columns[column] = Column(torch.float64)
     return metric

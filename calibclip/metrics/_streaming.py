@@ -19,6 +19,8 @@ from torch import Tensor
 from calibclip._checks import check_choice, describe, warn, wrong
 from calibclip.metrics._predictions import (
     NAN_POLICIES,
+    NO_CLASS,
+    NO_DISTRIBUTION,
     REMEDY,
     ArrayLike,
     Faults,
@@ -46,9 +48,11 @@ class Metric(ABC, Generic[Value]):
 
     options: dict[str, Any]
 
-    # What messages call the values of an update.
+    # What messages call the values of an update, and what they say of faults found late.
     _SCORES = "probs, logits"
     _INFINITY_IS_LEGAL = False
+    _IMPROPER = NO_DISTRIBUTION
+    _MISLABELLED = NO_CLASS
 
     def __init__(self, **options: Any) -> None:
         check_choice("nan", options["nan"], NAN_POLICIES)
@@ -87,7 +91,7 @@ class Metric(ABC, Generic[Value]):
 
     def _checked_value(self) -> Value:
         faults = Faults(*(self._sums[f"n_{name}"] for name in Faults._fields))
-        faults.check()
+        faults.check(self._IMPROPER, self._MISLABELLED)
         count = int(faults.nonfinite)
         if count and self.options["nan"] == "raise":
             expected = "values that are no NaN" if self._INFINITY_IS_LEGAL else "finite values"
@@ -143,7 +147,7 @@ class Metric(ABC, Generic[Value]):
         for other in others:
             if type(other) is not type(self):
                 raise TypeError(wrong("others", f"a {type(self).__name__}", describe(other)))
-            if other.options != self.options:
+            if not _same_options(other.options, self.options):
                 raise ValueError(wrong("others", f"options {self.options}", other.options))
 
     def _accept(self, other: Metric[Value]) -> None:
@@ -187,9 +191,11 @@ class Metric(ABC, Generic[Value]):
         return self
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
-        for key, own in (("metric", type(self).__name__), ("options", self.options)):
-            if state.get(key) != own:
-                raise ValueError(wrong("state", f"{key} {own}", state.get(key)))
+        name, options = state.get("metric"), state.get("options")
+        if name != type(self).__name__:
+            raise ValueError(wrong("state", f"metric {type(self).__name__}", name))
+        if not isinstance(options, Mapping) or not _same_options(options, self.options):
+            raise ValueError(wrong("state", f"options {self.options}", options))
         sums, columns = state.get("sums", {}), state.get("columns", {})
         if set(sums) != set(self._sums) or set(columns) != set(self._columns):
             expected = f"{sorted([*self._sums, *self._columns])}"
@@ -280,7 +286,7 @@ class PerClass(Metric[Value]):
         return super().merge(*(other for other in others if self._knows_something(other)))
 
     def _knows_something(self, other: Metric[Value]) -> bool:
-        same = type(other) is type(self) and other.options == self.options
+        same = type(other) is type(self) and _same_options(other.options, self.options)
         return not same or bool(len(other._sums[self._PER_CLASS[0]]))
 
     def _accept(self, other: Metric[Value]) -> None:
@@ -317,6 +323,14 @@ class Column:
             self._data = data
         self._data[self._length : end] = values
         self._length = end
+
+
+def _same_options(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Compare options; an option of NaN, which equals nothing, is the same as another."""
+    return some.keys() == others.keys() and all(
+        value == others[name] or (value != value and others[name] != others[name])
+        for name, value in some.items()
+    )
 
 
 def synced(metrics: list[Any], sync: bool | dist.ProcessGroup | None = None) -> list[Any]:

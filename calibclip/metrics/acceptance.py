@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from calibclip.metrics._ranking_state import (
     RankingMetric,
     Tally,
     in_float64,
-    read_scores,
+    read_ranked,
     sketch_edges,
     sketch_index,
 )
@@ -111,6 +112,8 @@ class CleanThreshold(RankingMetric[float]):
         3.0
     """
 
+    _SCORES = "uncertainty_clean"
+
     def __init__(self, coverage: float = 0.95, *, sketch: bool = False, nan: str = "raise") -> None:
         coverage = check_number("coverage", coverage, at_least=0, at_most=1)
         super().__init__(coverage=coverage, sketch=sketch, nan=nan)
@@ -128,7 +131,7 @@ class CleanThreshold(RankingMetric[float]):
             TypeError: It is no floating tensor or array.
             ValueError: Its shape is wrong, or a value is NaN.
         """
-        score, bad = read_scores("uncertainty_clean", uncertainty_clean, self.options["nan"])
+        score, bad = read_ranked("uncertainty_clean", uncertainty_clean, self.options["nan"])
         self._take(score, torch.zeros_like(bad), bad)
         return self
 
@@ -164,11 +167,14 @@ class AcceptedAndWrong(Metric[float]):
         0.5
     """
 
+    _SCORES = "uncertainty_adv"
+    _INFINITY_IS_LEGAL = True
+
     def __init__(self, threshold: float, *, nan: str = "raise") -> None:
         if isinstance(threshold, Tensor):
             remedy = "pass float(threshold)"
             raise TypeError(wrong("threshold", "a number", describe(threshold), remedy))
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.floating)):
+        if isinstance(threshold, bool) or not isinstance(threshold, Real):
             raise TypeError(wrong("threshold", "a number", describe(threshold)))
         super().__init__(threshold=float(threshold), nan=nan)
 
@@ -190,7 +196,7 @@ class AcceptedAndWrong(Metric[float]):
             TypeError: ``uncertainty_adv`` is not floating, or one of the two is no tensor or array.
             ValueError: A shape is wrong, a value is NaN, or ``correct_adv`` is neither 0 nor 1.
         """
-        score, bad = read_scores("uncertainty_adv", uncertainty_adv, self.options["nan"])
+        score, bad = read_ranked("uncertainty_adv", uncertainty_adv, self.options["nan"])
         wrongly = ~read_flags("correct_adv", correct_adv, score)
         self.count_faults(Faults.none()._replace(nonfinite=bad.sum()))
         # NaN is not accepted, and with nan="omit" it does not count either.

@@ -19,14 +19,19 @@ from calibclip._checks import (
     check_choice,
     check_count,
     check_flag,
-    check_floating,
     check_number,
     describe,
     warn,
     wrong,
 )
 from calibclip.metrics._binning import equal_width_edges
-from calibclip.metrics._predictions import NAN_POLICIES, REMEDY, ArrayLike, as_tensor, read_flags
+from calibclip.metrics._predictions import (
+    NAN_POLICIES,
+    ArrayLike,
+    raise_nonfinite,
+    read_confidence,
+    read_flags,
+)
 from calibclip.metrics._streaming import MetricWarning
 from calibclip.metrics._table import CLOSED, bin_sums, tabulate
 
@@ -34,9 +39,6 @@ METHODS = ("percentile", "basic", "bca")
 
 # Numbers that are gathered at once: 32 MB of float64.
 _BLOCK = 2**22
-
-# A softmax may exceed 1 by rounding.
-_SLACK = 1e-4
 
 
 class Interval(NamedTuple):
@@ -92,7 +94,8 @@ def bootstrap_interval(
             call, whatever the arrays are.
 
     Returns:
-        The interval; all NaN if ``N = 0`` or the estimate is NaN.
+        The interval; all NaN if ``N = 0`` or the estimate is NaN. Between an infinite and another
+        statistic nothing is interpolated: the end is the outer of the two.
 
     Raises:
         TypeError: An array is neither a tensor nor a NumPy array, or an option has the wrong type.
@@ -101,7 +104,8 @@ def bootstrap_interval(
 
     Warns:
         MetricWarning: The statistic of some resamples is NaN, such as a rank statistic of one class
-            only. They are left out.
+            only. They are left out. Or the estimate is infinite, and ``"basic"`` would subtract
+            infinities: both ends are NaN.
 
     Example:
         >>> import torch
@@ -188,7 +192,8 @@ def calibration_error_interval(
     options = check_options(n_resamples, level, method, seed)
     n_bins = check_count("n_bins", n_bins, at_least=1)
     check_choice("closed", closed, CLOSED)
-    scores, flags, _ = read_confidence("confidence", confidence, "correct", correct)
+    scores, _ = read_confidence("confidence", confidence)
+    flags = read_flags("correct", correct, scores)
     kept = keep_finite("confidence", (scores,), nan, "calibration_error_interval")
     if kept is not None:
         scores, flags = scores[kept], flags[kept]
@@ -273,10 +278,25 @@ def interval(
     shares = np.array([(1 - level) / 2, (1 + level) / 2])
     if options.method == "bca":
         shares = _bca_shares(shares, estimate, replicates, left_out())
-    lower, upper = (float(end) for end in np.quantile(replicates, shares))
+    lower, upper = _ends(replicates, shares)
     if options.method == "basic":
+        if math.isinf(estimate):
+            warn("the estimate is infinite: it has no basic interval", MetricWarning)
+            return Interval(estimate, math.nan, math.nan, level)
         lower, upper = 2 * estimate - upper, 2 * estimate - lower
     return Interval(estimate, lower, upper, level)
+
+
+def _ends(replicates: np.ndarray, shares: np.ndarray) -> tuple[float, float]:
+    """Return the quantiles of a lower and an upper share.
+
+    Where one lies between an infinite and another replicate, it is the outer of the two.
+    """
+    below, above = (np.quantile(replicates, shares, method=side) for side in ("lower", "higher"))
+    ends = np.array([below[0], above[1]])
+    between = np.isfinite(below) & np.isfinite(above) & (below < above)
+    ends[between] = np.quantile(replicates, shares[between])
+    return float(ends[0]), float(ends[1])
 
 
 def _bca_shares(
@@ -291,6 +311,8 @@ def _bca_shares(
     # With all replicates on one side the bias would be infinite.
     bias = scipy.special.ndtri(np.clip(below / count, 0.5 / count, 1 - 0.5 / count))
     left_out = left_out[~np.isnan(left_out)]
+    if not np.isfinite(left_out).all():
+        left_out = left_out[:0]  # their skewness is not defined
     deviation = left_out.mean() - left_out if len(left_out) else left_out
     spread = float((deviation**2).sum())
     skew = float((deviation**3).sum()) / (6 * spread**1.5) if spread > 0 else 0.0
@@ -367,32 +389,6 @@ def binned_residuals(
     return scipy.sparse.csr_array((residual, index, np.arange(size + 1)), shape=(size, n_bins))
 
 
-def read_confidence(
-    name: str, confidence: object, flag_name: str, correct: object, *, wait: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Check confidences and whether each is of a correct prediction; not finite ones pass.
-
-    Args:
-        name: Of the confidences, in messages.
-        confidence: Shape ``(N,)``.
-        flag_name: Of the flags, in messages.
-        correct: Shape ``(N,)``.
-        wait: Raise for confidences outside [0, 1] on an accelerator, too, which stalls it.
-
-    Returns:
-        Confidences, float64 if given so and else float32, bools, and which confidences are outside.
-    """
-    given = check_floating(name, as_tensor(confidence), shape="(N,)", ndim=1, empty=True).detach()
-    scores = given.to(torch.float64 if given.dtype == torch.float64 else torch.float32)
-    if scores.device.type == "mps":
-        scores = scores.cpu()  # MPS has no float64, in which all sums are kept
-    outside = ((scores < 0) | (scores > 1 + _SLACK)) & scores.isfinite()
-    if (wait or scores.device.type == "cpu") and bool(outside.any()):
-        got = f"{int(outside.sum())} of {len(scores)} outside"
-        raise ValueError(wrong(name, "confidences in [0, 1]", got))
-    return scores, read_flags(flag_name, correct, scores), outside
-
-
 def keep_finite(name: str, scores: tuple[Tensor, ...], nan: str, owner: str) -> Tensor | None:
     """Decide on entries that are not finite in one of several tensors.
 
@@ -404,9 +400,7 @@ def keep_finite(name: str, scores: tuple[Tensor, ...], nan: str, owner: str) -> 
     count = int((~finite).sum())
     if count == 0:
         return None
-    if nan == "raise":
-        got = f"{count} of {len(finite)} rows with NaN or infinity"
-        raise ValueError(wrong(name, "finite values", got, REMEDY))
+    raise_nonfinite(name, ~finite, nan, look=True)
     if nan == "propagate":
         return torch.zeros_like(finite)
     text = f"{owner}: {count} rows with NaN or infinity were left out"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,12 @@ from calibclip._checks import (
     wrong,
 )
 from calibclip._tables import number
-from calibclip.metrics._predictions import NAN_POLICIES, ArrayLike
+from calibclip.metrics._predictions import (
+    ArrayLike,
+    raise_nonfinite,
+    read_confidence,
+    read_flags,
+)
 from calibclip.metrics._streaming import Column, Metric
 from calibclip.metrics._table import CLOSED, ReliabilityTable, bin_sums, tabulate
 from calibclip.metrics.bootstrap import (
@@ -30,11 +35,10 @@ from calibclip.metrics.bootstrap import (
     check_options,
     interval,
     keep_finite,
-    read_confidence,
     resampled_sums,
     sums_without_one,
 )
-from calibclip.metrics.shift import Shown, over, raise_faulty
+from calibclip.metrics.shift import Shown, over
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,7 @@ class OverconfidenceOnErrors(Metric[OverconfidenceTerms]):
     """
 
     _SCORES = "confidence"
+    _IMPROPER = ("confidence", "confidences in [0, 1]", "")
 
     def __init__(self, thresholds: Sequence[float] = (0.5, 0.9), *, nan: str = "raise") -> None:
         if isinstance(thresholds, str) or not isinstance(thresholds, Sequence):
@@ -146,11 +151,10 @@ class OverconfidenceOnErrors(Metric[OverconfidenceTerms]):
             TypeError: A type is wrong.
             ValueError: A shape or a value is wrong.
         """
-        scores, flags, outside = read_confidence(
-            "confidence", confidence, "correct", correct, wait=False
-        )
+        scores, outside = read_confidence("confidence", confidence, look=False)
+        flags = read_flags("correct", correct, scores)
         good = scores.isfinite()
-        raise_faulty(self._SCORES, good, self.options["nan"])
+        raise_nonfinite(self._SCORES, ~good, self.options["nan"])
         wrong_ones = good & ~flags
         # Float64 rounds once to the dtype of the confidences, as they did.
         thresholds = torch.tensor(self.options["thresholds"], dtype=torch.float64)
@@ -180,7 +184,7 @@ class OverconfidenceOnErrors(Metric[OverconfidenceTerms]):
 
 
 @dataclass(frozen=True)
-class CalibrationShift(Shown):
+class CalibrationShiftSummary(Shown):
     """Calibration before and under an attack, as `calibration_shift` finds it."""
 
     count: int
@@ -225,7 +229,7 @@ def calibration_shift(
     method: str = "percentile",
     seed: int = 0,
     nan: str = "raise",
-) -> CalibrationShift:
+) -> CalibrationShiftSummary:
     """Calibration error and signed gap before and under an attack, and how they differ.
 
     Each image takes its clean and its adversarial prediction along into a resample, so that the
@@ -266,34 +270,38 @@ def calibration_shift(
     options = check_options(n_resamples, level, method, seed)
     n_bins = check_count("n_bins", n_bins, at_least=1)
     check_choice("closed", closed, CLOSED)
-    check_choice("nan", nan, NAN_POLICIES)
-    given = ("confidence_clean", confidence_clean, "correct_clean", correct_clean)
-    clean = read_confidence(*given)[:2]
-    adv = read_confidence("confidence_adv", confidence_adv, "correct_adv", correct_adv)[:2]
-    check_same_shape("confidence_adv", adv[0], "confidence_clean", clean[0])
+    clean, _ = read_confidence("confidence_clean", confidence_clean)
+    adv, _ = read_confidence("confidence_adv", confidence_adv)
+    check_same_shape("confidence_adv", adv, "confidence_clean", clean)
+    sides = [
+        (clean, read_flags("correct_clean", correct_clean, clean)),
+        (adv, read_flags("correct_adv", correct_adv, adv)),
+    ]
     names = "confidence_clean, confidence_adv"
-    kept = keep_finite(names, (clean[0], adv[0]), nan, "calibration_shift")
+    kept = keep_finite(names, (clean, adv), nan, "calibration_shift")
     if kept is not None:
-        clean, adv = ((scores[kept], flags[kept]) for scores, flags in (clean, adv))
-    count = len(clean[0])
-    tables = [tabulate(bin_sums(*side, n_bins, closed)) for side in (clean, adv)]
+        sides = [(scores[kept], flags[kept]) for scores, flags in sides]
+    count = len(sides[0][0])
     if count == 0:
         nothing = Interval(math.nan, math.nan, math.nan, options.level)
-        return CalibrationShift(0, *[nothing] * 6)
-    rows = [binned_residuals(*side, n_bins, closed) for side in (clean, adv)]
+        return CalibrationShiftSummary(0, *[nothing] * 6)
+    tables = [tabulate(bin_sums(*side, n_bins, closed)) for side in sides]
+    rows = [binned_residuals(*side, n_bins, closed) for side in sides]
     replicates = _errors_and_gaps([resampled_sums(side, options) for side in rows], count)
 
-    def left_out(which: int) -> np.ndarray:
-        sums = [sums_without_one(side) for side in rows]
-        return _errors_and_gaps(sums, count - 1)[which] if count > 1 else np.empty(0)
+    @cache
+    def left_out() -> list[np.ndarray]:
+        if count == 1:
+            return [np.empty(0)] * len(replicates)
+        return _errors_and_gaps([sums_without_one(side) for side in rows], count - 1)
 
     estimates = _with_difference(*(table.ece for table in tables))
     estimates += _with_difference(*map(_gap, tables))
     intervals = [
-        interval(estimate, replicates[which], options, partial(left_out, which))
+        interval(estimate, replicates[which], options, lambda which=which: left_out()[which])
         for which, estimate in enumerate(estimates)
     ]
-    return CalibrationShift(count, *intervals)
+    return CalibrationShiftSummary(count, *intervals)
 
 
 def _errors_and_gaps(sums: list[np.ndarray], count: int) -> list[np.ndarray]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch.nn.functional import threshold
 from calibclip._checks import check_choice, check_count, check_number, wrong
 from calibclip.metrics._binning import residuals_by_confidence
 from calibclip.metrics._predictions import ArrayLike, Predictions
-from calibclip.metrics._streaming import Column, Metric, PredictionMetric
+from calibclip.metrics._streaming import Column, PredictionMetric
 
 CALIBRATIONS = ("full", "top-label")
 ESTIMATORS = ("block", "biased", "unbiased")
@@ -154,7 +156,8 @@ class KernelCalibrationError(PredictionMetric[float]):
 
     The state of ``"block"`` is two sums and the samples of a block that is not yet full. It carries
     over batches; after a merge, what was left in each part makes new blocks. The other estimators
-    keep all samples, of ``"full"`` 4 K + 8 bytes each and of ``"top-label"`` 9.
+    keep all samples, of ``"full"`` 4 K + 8 bytes each and of ``"top-label"`` 9. With ``"full"`` all
+    samples must have the same number of classes K.
 
     Args:
         estimator: ``"block"``, ``"biased"`` or ``"unbiased"``.
@@ -200,7 +203,10 @@ class KernelCalibrationError(PredictionMetric[float]):
         if self.options["estimator"] == "block":
             sums["n_blocks"] = torch.zeros((), dtype=torch.int64)
             sums["block_means"] = torch.zeros((), dtype=torch.float64)
-        return sums, self._no_samples()
+        columns = self._no_samples()
+        if self.options["calibration"] == "full":
+            columns["n_classes"] = _Distinct(torch.int64)
+        return sums, columns
 
     def _no_samples(self) -> dict[str, Column]:
         # Of "full" a row of probabilities after the other, so that K need not be known before.
@@ -211,29 +217,38 @@ class KernelCalibrationError(PredictionMetric[float]):
     def prepare(self, predictions: Predictions) -> None:
         """Refuse predictions of another number of classes than those that are kept."""
         if self.options["calibration"] == "full" and len(predictions):
-            self._check_classes("probs, logits", predictions.n_classes)
+            _check_one("probs, logits", [*self._n_classes(), predictions.n_classes])
 
     def _take(self, predictions: Predictions) -> None:
         if self.options["calibration"] == "full":
             self._append(scores=predictions.probs.flatten(), outcome=predictions.target)
+            if len(predictions):
+                self._append(n_classes=torch.tensor([predictions.n_classes]))
         else:
             self._append(scores=predictions.confidence, outcome=predictions.correct)
         if self.options["estimator"] == "block":
             n_blocks, block_means, rest = self._full_blocks()
             self._add(n_blocks=n_blocks, block_means=block_means)
-            self._columns = self._no_samples()
+            self._columns |= self._no_samples()
             self._append(**rest)
 
-    def _accept(self, other: Metric[float]) -> None:
-        super()._accept(other)
-        scores, outcome = (other._columns[name].values for name in ("scores", "outcome"))
-        if len(outcome):
-            self._check_classes("others", len(scores) // len(outcome))
+    def _n_classes(self) -> list[int]:
+        return self._columns["n_classes"].values.tolist() if "n_classes" in self._columns else []
 
-    def _check_classes(self, argument: str, n_classes: int) -> None:
-        scores, outcome = self._samples()
-        if len(outcome) and scores.shape[1] != n_classes:
-            raise ValueError(wrong(argument, f"{scores.shape[1]} classes, as before", n_classes))
+    def _check_mergeable(self, others: Iterable[Any]) -> None:
+        others = list(others)
+        super()._check_mergeable(others)
+        _check_one("others", [k for metric in (self, *others) for k in metric._n_classes()])
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        super()._check_state(state)
+        if self.options["calibration"] == "full":
+            columns = state["columns"]
+            scores, outcome, found = (columns[n] for n in ("scores", "outcome", "n_classes"))
+            _check_one("state", found.tolist())
+            if len(scores) != len(outcome) * int(found.sum()):
+                expected = f"{found.tolist()} scores a sample, {len(outcome)} samples"
+                raise ValueError(wrong("state", expected, f"{len(scores)} scores"))
 
     def _samples(self) -> tuple[Tensor, Tensor]:
         scores, outcome = (self._columns[name].values for name in ("scores", "outcome"))
@@ -260,6 +275,7 @@ class KernelCalibrationError(PredictionMetric[float]):
         return count, total / (size * (size - 1)), rest
 
     def _value(self) -> float:
+        _check_one("probs, logits", self._n_classes())  # of all processes
         estimator, width = self.options["estimator"], self.options["bandwidth"]
         if estimator == "block":
             n_blocks, block_means, _ = self._full_blocks()
@@ -313,6 +329,20 @@ class MaximumMeanCalibrationError(PredictionMetric[float]):
             return math.nan
         total, _ = _sum_of_top_label_pairs(confidence, correct, self.options["bandwidth"])
         return math.sqrt(max(total, 0.0)) / len(correct)
+
+
+class _Distinct(Column):
+    """Column of distinct numbers, on the CPU, where a look at them waits for nothing."""
+
+    def append(self, values: Tensor) -> None:
+        self._data = torch.cat([self.values, values.cpu()]).unique()
+        self._length = len(self._data)
+
+
+def _check_one(argument: str, n_classes: list[int]) -> None:
+    for other in n_classes[1:]:
+        if other != n_classes[0]:
+            raise ValueError(wrong(argument, f"{n_classes[0]} classes, as before", other))
 
 
 def _pairs_at_once(scores: Tensor) -> int:

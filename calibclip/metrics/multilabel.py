@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from calibclip._checks import check_count, check_floating, check_number, describe, wrong
-from calibclip.metrics._predictions import REMEDY, ArrayLike, Faults, as_tensor
+from calibclip.metrics._predictions import ArrayLike, Faults, as_tensor, raise_nonfinite, widened
+from calibclip.metrics._ranking_state import in_float64
 from calibclip.metrics._streaming import Column, PerClass, Value
 
 _IGNORED = -1
+_LABELS = "1, 0 and -1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,9 @@ class AveragePrecisions:
     """Number of classes without a positive."""
 
     def __post_init__(self) -> None:
-        self.per_class.setflags(write=False)
+        values = np.array(self.per_class, dtype=np.float64)
+        values.setflags(write=False)
+        object.__setattr__(self, "per_class", values)
 
     def __repr__(self) -> str:
         return (
@@ -74,7 +78,7 @@ def mean_average_precision(
 
     Args:
         scores: Shape ``(N, K)``, floating point, larger is more likely present: logits, cosines or
-            probabilities. Kept in float32: scores that round to the same one are equal.
+            probabilities. They are compared in the dtype given; the class rounds them to float32.
         target: Shape ``(N, K)``, bool or 1 (present), 0 (absent) and -1 (unknown: the score of
             this image does not count for this class).
         nan: What images with a score that is not finite do: ``"raise"``, ``"omit"`` (a warning
@@ -95,7 +99,8 @@ def mean_average_precision(
         >>> result
         AveragePrecisions(mean=0.7917, n_classes=3, n_left_out=1)
     """
-    return MeanAveragePrecision(nan=nan).update(scores, target).compute(sync=False)
+    metric = in_float64(MeanAveragePrecision(nan=nan), "scores")
+    return metric.update(scores, target).compute(sync=False)
 
 
 def multilabel_precision_recall_f1(
@@ -156,6 +161,7 @@ class _Multilabel(PerClass[Value]):
     """Base: sums of shape ``(K,)``, empty until K is known."""
 
     _SCORES = "scores"
+    _MISLABELLED = ("target", f"bool, or {_LABELS}", "")
 
     def __init__(self, **options: Any) -> None:
         if options["n_classes"] is not None:
@@ -192,7 +198,7 @@ class _Multilabel(PerClass[Value]):
 
 
 class MeanAveragePrecision(_Multilabel[AveragePrecisions]):
-    """`mean_average_precision` of a stream; 5 bytes an image and class.
+    """`mean_average_precision` of a stream; 5 bytes an image and class, of scores in float32.
 
     Args:
         n_classes: K, if known. Processes that may see no sample must be told, as their state has
@@ -347,13 +353,10 @@ def _read(scores: object, target: object, nan: str) -> tuple[Tensor, Tensor, Fau
     On an accelerator a look at the values would stall the device: there rows that are faulty become
     unknown.
     """
-    given = check_floating("scores", as_tensor(scores), shape="(N, K)", ndim=2).detach()
-    values = given.to(torch.float64 if given.dtype == torch.float64 else torch.float32)
+    values = widened(check_floating("scores", as_tensor(scores), shape="(N, K)", ndim=2))
     labels, outside = _read_labels(target, values)
     bad = ~values.isfinite().all(dim=1)
-    if nan == "raise" and bad.device.type == "cpu" and bool(bad.any()):
-        got = f"{int(bad.sum())} of {len(bad)} rows with NaN or infinity"
-        raise ValueError(wrong("scores", "finite values", got, REMEDY))
+    raise_nonfinite("scores", bad, nan)
     faults = Faults.none()._replace(nonfinite=bad.sum(), mislabelled=outside.sum())
     return values.nan_to_num(0.0), labels.masked_fill(bad[:, None], _IGNORED), faults
 
@@ -361,7 +364,7 @@ def _read(scores: object, target: object, nan: str) -> tuple[Tensor, Tensor, Fau
 def _read_labels(target: object, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return labels as int8 on the device of the scores, and which are none of -1, 0 and 1."""
     labels = as_tensor(target)
-    expected = f"bool, or 1, 0 and -1, of shape {tuple(like.shape)}"
+    expected = f"bool, or {_LABELS}, of shape {tuple(like.shape)}"
     if not isinstance(labels, Tensor):
         raise TypeError(wrong("target", expected, describe(target)))
     if labels.shape != like.shape or labels.is_complex():

@@ -19,7 +19,7 @@ from calibclip.metrics._ranking_state import (
     RankingMetric,
     Tally,
     in_float64,
-    read_scores,
+    read_ranked,
 )
 from calibclip.metrics._streaming import MetricWarning
 
@@ -366,6 +366,8 @@ class FPRAtTPR(RankingMetric[float]):
         0.0
     """
 
+    _SCORES = "score"
+
     def __init__(self, tpr: float = 0.95, *, sketch: bool = False, nan: str = "raise") -> None:
         tpr = check_number("tpr", tpr, at_least=0, at_most=1)
         super().__init__(tpr=tpr, sketch=sketch, nan=nan)
@@ -384,7 +386,7 @@ class FPRAtTPR(RankingMetric[float]):
             TypeError: ``score`` is not floating, or one of the two is no tensor or array.
             ValueError: A shape is wrong, a score is NaN, or ``positive`` is neither 0 nor 1.
         """
-        values, bad = read_scores("score", score, self.options["nan"])
+        values, bad = read_ranked("score", score, self.options["nan"])
         self._take(values, read_flags("positive", positive, values), bad)
         return self
 

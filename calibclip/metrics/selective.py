@@ -288,12 +288,8 @@ class RiskCoverage(FailureMetric[RiskCoverageCurve]):
         risk = np.cumsum(tally.positive) / accepted
         return RiskCoverageCurve(accepted / n_samples, risk, tally.score)
 
-    def _range(self, tally: Tally) -> tuple[float, float]:
-        bound = measures.risk_bound(tally.positive, tally.negative)
-        return -bound, bound
-
     def _bound(self, tally: Tally) -> float:
-        return self._range(tally)[1]
+        return measures.risk_bound(tally.positive, tally.negative)
 
 
 class AURC(FailureMetric[float]):

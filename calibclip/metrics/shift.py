@@ -19,15 +19,18 @@ from torch import Tensor
 
 from calibclip._checks import check_flag, check_floating, check_number, check_same_shape, wrong
 from calibclip._tables import number
-from calibclip.metrics._predictions import REMEDY, ArrayLike, as_tensor, read_flags
+from calibclip.metrics._predictions import ArrayLike, as_tensor, raise_nonfinite, read_flags
 from calibclip.metrics._streaming import Column, Metric
 
 # Twice whether the clean prediction is correct, plus whether the adversarial one is.
 _SUBSETS = {"flipped": 2, "survived": 3, "always wrong": 0, "repaired": 1}
 _UNKNOWN, _FAULTY, _N_GROUPS = 4, 5, 6
 
-# A variance below this share of the mean square is what rounding leaves of none.
-_NO_VARIANCE = 1e-14
+# Count, mean and sum of squared distances from the mean.
+_N_MOMENTS = 3
+
+# A standard deviation below this share of the mean may be what rounding leaves of none.
+_NO_DEVIATION = 1e-13
 
 
 class Shown(ABC):
@@ -150,8 +153,9 @@ def uncertainty_shift(
 
     Returns:
         The numbers of all pairs, and in ``subsets`` those of each subset; NaN with count 0 if it
-        is empty. It prints as a table. Differences and sums are float64. A standard deviation below
-        1e-7 of the root mean square difference counts as 0, and makes the effect size infinite.
+        is empty. It prints as a table. Differences and sums are float64. A standard deviation is
+        accurate to about 1e-15 of the mean difference; one below 1e-13 of it counts as 0, and makes
+        the effect size infinite.
 
     Raises:
         TypeError: A type is wrong, or only one of the two flags is given.
@@ -182,7 +186,7 @@ class UncertaintyShift(Metric[ShiftSummary]):
     Args:
         tolerance: Differences up to this size are ties.
         ranks: Keep 9 bytes a pair, for the median and the rank-biserial correlation, which are NaN
-            otherwise. The rest needs six sums of each subset.
+            otherwise. The rest needs six numbers of each subset.
         nan: ``"raise"``, ``"omit"`` or ``"propagate"``.
 
     Raises:
@@ -207,10 +211,12 @@ class UncertaintyShift(Metric[ShiftSummary]):
 
     def _begin(self) -> tuple[dict[str, Tensor], dict[str, Column]]:
         zeros = torch.zeros(_N_GROUPS, dtype=torch.int64)
-        sums = {name: zeros.clone() for name in ("n_pairs", "n_rise", "n_drop")}
-        sums |= {name: zeros.double() for name in ("difference", "square", "clean")}
-        columns = {"difference": Column(torch.float64), "group": Column(torch.uint8)}
-        return sums, columns if self.options["ranks"] else {}
+        sums = {"n_rise": zeros, "n_drop": zeros.clone(), "clean": zeros.double()}
+        # Sums of squares would lose a small scatter next to a large mean.
+        columns: dict[str, Column] = {"moments": _Moments(torch.float64)}
+        if self.options["ranks"]:
+            columns |= {"difference": Column(torch.float64), "group": Column(torch.uint8)}
+        return sums, columns
 
     @torch.no_grad()
     def update(
@@ -248,42 +254,41 @@ class UncertaintyShift(Metric[ShiftSummary]):
             group = 2 * read_flags("correct_clean", correct_clean, clean).long()
             group += read_flags("correct_adv", correct_adv, clean)
         bad = ~difference.isfinite()
-        raise_faulty(self._SCORES, ~bad, self.options["nan"])
+        raise_nonfinite(self._SCORES, bad, self.options["nan"])
         group, difference = group.masked_fill(bad, _FAULTY), difference.masked_fill(bad, 0.0)
         member = group == torch.arange(_N_GROUPS, device=group.device)[:, None]
         self._add(
             n_nonfinite=bad.sum(),
-            n_pairs=member.sum(1),
             n_rise=(member & (difference > self.options["tolerance"])).sum(1),
             n_drop=(member & (difference < -self.options["tolerance"])).sum(1),
-            difference=torch.where(member, difference, 0.0).sum(1),
-            square=torch.where(member, difference.square(), 0.0).sum(1),
             clean=torch.where(member, clean.masked_fill(bad, 0.0), 0.0).sum(1),
         )
+        self._append(moments=_moments(difference, member).flatten())
         if self.options["ranks"]:
             self._append(difference=difference, group=group)
         return self
 
     def _value(self) -> ShiftSummary:
-        count = self._sums["n_pairs"].cpu()
-        subsets = {"all": self._summary([*_SUBSETS.values(), _UNKNOWN])}
+        # Those of other processes are rows of their own.
+        moments = _pooled(self._columns["moments"].values.cpu().view(-1, _N_MOMENTS, _N_GROUPS))
+        count = moments[0]
+        subsets = {"all": self._summary([*_SUBSETS.values(), _UNKNOWN], moments)}
         if int(count[_UNKNOWN]) == 0 or int(count[:_UNKNOWN].sum()) > 0:
-            subsets |= {name: self._summary([group]) for name, group in _SUBSETS.items()}
+            subsets |= {name: self._summary([group], moments) for name, group in _SUBSETS.items()}
         return replace(subsets["all"], subsets=subsets)
 
-    def _summary(self, groups: list[int]) -> ShiftSummary:
-        """Return the numbers of the pairs of some groups."""
+    def _summary(self, groups: list[int], moments: Tensor) -> ShiftSummary:
+        """Return the numbers of the pairs of some groups, from the moments of all."""
         total = {name: self._sums[name].cpu()[groups].sum().item() for name in self._begin()[0]}
-        count = int(total["n_pairs"])
+        n_pairs, mean, squares = _pooled(moments[:, groups].T.unsqueeze(2)).flatten().tolist()
+        count = int(n_pairs)
         if count == 0:
             return ShiftSummary(0, *[math.nan] * 10, subsets={})
-        mean, mean_clean = total["difference"] / count, total["clean"] / count
-        deviation = math.nan
+        mean_clean, deviation = total["clean"] / count, math.nan
         if count > 1:
-            squares = total["square"] - count * mean * mean
-            if squares <= _NO_VARIANCE * total["square"]:
-                squares = 0.0
             deviation = math.sqrt(squares / (count - 1))
+            if deviation <= _NO_DEVIATION * abs(mean):
+                deviation = 0.0
         median, rank_biserial = self._by_rank(groups)
         return ShiftSummary(
             count=count,
@@ -351,20 +356,42 @@ def _read_uncertainty(name: str, value: object) -> Tensor:
     return (given.cpu() if given.device.type == "mps" else given).double()
 
 
-def raise_faulty(name: str, good: Tensor, nan: str) -> None:
-    """Raise for values that are not finite, where a look at them does not stall the device.
+class _Moments(Column):
+    """Column of one row of moments, into which those that are appended are pooled."""
+
+    def append(self, values: Tensor) -> None:
+        # Towards an accelerator only: on the way back the numbers would come too late.
+        own = self.values.to(values.device, non_blocking=values.device.type != "cpu")
+        self._data = _pooled(torch.cat([own, values]).view(-1, _N_MOMENTS, _N_GROUPS)).flatten()
+        self._length = len(self._data)
+
+
+def _moments(difference: Tensor, member: Tensor) -> Tensor:
+    """Return the moments of each group, shape ``(3, G)``.
 
     Args:
-        name: What the message calls the values.
-        good: Which rows are finite, shape ``(N,)``, bool.
-        nan: The policy; only ``"raise"`` raises.
-
-    Raises:
-        ValueError: A row is not finite, the policy is to raise, and the device is the CPU.
+        difference: Shape ``(N,)``, float64.
+        member: Which of them are of each group, shape ``(G, N)``, bool.
     """
-    if nan == "raise" and good.device.type == "cpu" and not bool(good.all()):
-        got = f"{int((~good).sum())} of {len(good)} rows with NaN or infinity"
-        raise ValueError(wrong(name, "finite values", got, REMEDY))
+    count = member.sum(1).double()
+    mean = torch.where(member, difference, 0.0).sum(1) / count.clamp(min=1)
+    residual = torch.where(member, difference - mean[:, None], 0.0)
+    return torch.stack([count, mean, residual.square().sum(1)])
+
+
+def _pooled(moments: Tensor) -> Tensor:
+    """Return the moments of several parts taken together: ``(R, 3, G)`` to ``(3, G)``.
+
+    No term is larger than what it is to give, so that rounding takes a share of the mean from the
+    standard deviation and not from its square.
+    """
+    count, mean, squares = moments.unbind(1)
+    total = count.sum(0)
+    center = (count * mean).sum(0) / total.clamp(min=1)
+    # Of equal means it is that mean, to the last digit.
+    center = center + (count * (mean - center)).sum(0) / total.clamp(min=1)
+    between = torch.where(count > 0, count * (mean - center).square(), 0.0)
+    return torch.stack([total, center, (squares + between).sum(0)])
 
 
 def over(numerator: float, denominator: float) -> float:

@@ -125,9 +125,9 @@ class SmoothCalibrationError(PredictionMetric[float]):
         return sums, columns
 
     def _take(self, predictions: Predictions) -> None:
-        # Probabilities that sum to 1 but for rounding may exceed 1. A row that is not finite gets
-        # a place on the grid, too: what its residual does there is never read.
-        confidence = predictions.confidence.double().nan_to_num(0.0).clamp(0.0, 1.0)
+        # A row that is no distribution gets a place on the grid, too: what its residual does there
+        # is never read.
+        confidence = predictions.confidence.double().nan_to_num(0.0).clamp(min=0.0)
         correct = predictions.correct
         self._add(
             n_samples=torch.full((), len(confidence), device=confidence.device),

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from calibclip._checks import check_floating, wrong
-from calibclip.metrics._predictions import ArrayLike, Predictions, as_tensor, read_predictions
+from calibclip._checks import (
+    check_count,
+    check_flag,
+    check_floating,
+    check_number,
+    describe,
+    wrong,
+)
+from calibclip.metrics._predictions import (
+    ArrayLike,
+    Predictions,
+    as_tensor,
+    read_confidence,
+    read_predictions,
+)
 
 State = TypeVar("State", bound="PlainState")
 
@@ -22,6 +37,7 @@ class RecalibrationWarning(UserWarning):
     """A map was fitted, but the data do not determine it, or the fit did not converge."""
 
 
+@dataclass(frozen=True)
 class PlainState:
     """Turns a dataclass of plain values into a dict and back."""
 
@@ -42,8 +58,61 @@ class PlainState:
 
         Returns:
             A map equal to the first one.
+
+        Raises:
+            TypeError: ``state`` is no mapping, or a field has the wrong type.
+            ValueError: A field is missing, unknown or out of range.
         """
+        names = [field.name for field in fields(cls)]
+        expected, remedy = f"the fields {', '.join(names)}", "pass what to_dict returned"
+        if not isinstance(state, Mapping):
+            raise TypeError(wrong("state", expected, describe(state), remedy))
+        odd = [f"no {name}" for name in names if name not in state]
+        odd += [f"an unknown {key!r}" for key in state if key not in names]
+        if odd:
+            raise ValueError(wrong("state", expected, ", ".join(odd), remedy))
         return cls(**state)
+
+
+def read_list(argument: str, given: object) -> tuple[Any, ...]:
+    """Return a tuple, or a list as JSON makes it, as a tuple."""
+    if not isinstance(given, (tuple, list)):
+        remedy = "call its tolist()" if isinstance(given, (Tensor, np.ndarray)) else ""
+        raise TypeError(wrong(argument, "a tuple", describe(given), remedy))
+    return tuple(given)
+
+
+def read_numbers(
+    argument: str, given: object, *, at_least: float | None = None, at_most: float | None = None
+) -> tuple[float, ...]:
+    """Check finite numbers in range."""
+    return tuple(
+        check_number(f"{argument}[{i}]", number, at_least=at_least, at_most=at_most)
+        for i, number in enumerate(read_list(argument, given))
+    )
+
+
+def check_length(argument: str, values: tuple[Any, ...], length: int, of_what: str) -> None:
+    """Check that there is one entry for each of something."""
+    if len(values) != length:
+        raise ValueError(wrong(argument, f"{length} entries, one a {of_what}", len(values)))
+
+
+def check_rising(argument: str, values: tuple[float, ...], *, strictly: bool) -> None:
+    """Check that each number is larger, or not smaller, than the one before."""
+    for i, (one, following) in enumerate(pairwise(values), 1):
+        if not (one < following or (one == following and not strictly)):
+            expected = f"a number {'>' if strictly else '>='} the one before, {one}"
+            raise ValueError(wrong(f"{argument}[{i}]", expected, f"{following}"))
+
+
+def check_fit(fit: Any) -> None:
+    """Check the fields that maps fitted by maximum likelihood share."""
+    check_number("nll_before", fit.nll_before, at_least=0)
+    check_number("nll_after", fit.nll_after, at_least=0)
+    check_flag("converged", fit.converged)
+    check_count("n_iterations", fit.n_iterations, at_least=0)
+    check_count("n_samples", fit.n_samples, at_least=1)
 
 
 def read_samples(
@@ -125,13 +194,10 @@ def replace_confidence(predictions: Predictions, confidence: Tensor) -> Tensor:
 
 
 def calibrate_confidence(confidence: ArrayLike, curve: Callable[[Tensor], Tensor]) -> Any:
-    """Check confidences and send them through a curve, in the dtype in which it was fitted."""
-    given = check_floating("confidence", as_tensor(confidence), shape="(..., N)").detach()
-    outside = ~((given >= 0) & (given <= 1))
-    if outside.any():
-        got = f"{int(outside.sum())} of {given.numel()} that are not"
-        raise ValueError(wrong("confidence", "numbers in [0, 1]", got))
-    wide = given.to(torch.float64 if given.dtype == torch.float64 else torch.float32)
-    if wide.device.type == "mps":
-        wide = wide.cpu()  # MPS has no float64
-    return like(curve(wide), confidence)
+    """Check confidences of any shape and send them through a curve."""
+    given = check_floating("confidence", as_tensor(confidence), shape="(..., N)", empty=True)
+    scores, _ = read_confidence("confidence", given.reshape(-1))
+    odd = int((~scores.isfinite()).sum())
+    if odd:
+        raise ValueError(wrong("confidence", "confidences in [0, 1]", f"{odd} not finite"))
+    return like(curve(scores).reshape(given.shape), confidence)

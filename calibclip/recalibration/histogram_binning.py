@@ -8,13 +8,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from calibclip._checks import check_choice, check_count, wrong
-from calibclip.metrics._binning import equal_mass_cuts
+from calibclip._checks import check_choice, check_count, check_number, wrong
+from calibclip.metrics._binning import equal_mass_cuts, equal_width_edges
 from calibclip.metrics._predictions import ArrayLike
 from calibclip.recalibration._common import (
     PlainState,
     calibrate_confidence,
+    check_length,
+    check_rising,
     like,
+    read_list,
+    read_numbers,
     read_samples,
     read_scores,
     replace_confidence,
@@ -26,6 +30,11 @@ Binning = Literal["width", "mass"]
 @dataclass(frozen=True, repr=False)
 class HistogramBinning(PlainState):
     """Accuracies of bins, as :func:`fit_histogram_binning` finds them; call it on predictions.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A number is not finite or out of range, lengths differ, edges do not rise, or a
+            bin without samples has an accuracy.
 
     Example:
         >>> import torch
@@ -41,7 +50,7 @@ class HistogramBinning(PlainState):
     binning: Binning
     """``"width"`` or ``"mass"``."""
     edges: tuple[float, ...]
-    """Edges between the bins, increasing; each belongs to the bin below it."""
+    """Edges between the bins, increasing, in [0, 1]; each belongs to the bin below it."""
     accuracy: tuple[float | None, ...]
     """Accuracy of each bin, one more than there are edges; None where a bin is empty."""
     count: tuple[int, ...]
@@ -49,11 +58,19 @@ class HistogramBinning(PlainState):
 
     def __post_init__(self) -> None:
         check_choice("binning", self.binning, get_args(Binning))
-        for name in ("edges", "accuracy", "count"):  # JSON makes lists of them
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not len(self.accuracy) == len(self.count) == self.n_bins:
-            got = f"{len(self.accuracy)} and {len(self.count)}"
-            raise ValueError(wrong("accuracy, count", f"{self.n_bins} numbers each", got))
+        edges = read_numbers("edges", self.edges, at_least=0, at_most=1)
+        check_rising("edges", edges, strictly=True)
+        accuracy, count = read_list("accuracy", self.accuracy), read_list("count", self.count)
+        check_length("accuracy", accuracy, len(edges) + 1, "bin")
+        check_length("count", count, len(edges) + 1, "bin")
+        for i, (share, number) in enumerate(zip(accuracy, count, strict=True)):
+            if check_count(f"count[{i}]", number, at_least=0) == 0:
+                if share is not None:
+                    raise ValueError(wrong(f"accuracy[{i}]", "None for an empty bin", repr(share)))
+            else:
+                check_number(f"accuracy[{i}]", share, at_least=0, at_most=1)
+        for name, values in (("edges", edges), ("accuracy", accuracy), ("count", count)):
+            object.__setattr__(self, name, values)
 
     @property
     def n_bins(self) -> int:
@@ -92,7 +109,8 @@ class HistogramBinning(PlainState):
         """Calibrate confidences of the predicted class, whatever the other classes get.
 
         Args:
-            confidence: Largest probabilities, any shape but 0-d, floating point, in [0, 1].
+            confidence: Largest probabilities, any shape but 0-d, floating point, in [0, 1]; up to
+                1e-4 more, as a softmax may have by rounding, counts as 1.
 
         Returns:
             Calibrated confidences, of the type, shape, dtype and device of the input.
@@ -104,7 +122,7 @@ class HistogramBinning(PlainState):
         return calibrate_confidence(confidence, self._look_up)
 
     def _look_up(self, confidence: Tensor) -> Tensor:
-        index = _index(confidence, self.edges)
+        index = _index(confidence, self.edges, self.binning)
         accuracy = [float("nan") if value is None else value for value in self.accuracy]
         found = torch.tensor(accuracy, dtype=torch.float64, device=confidence.device)[index]
         return torch.where(found.isnan(), confidence.double(), found)
@@ -134,6 +152,7 @@ def fit_histogram_binning(
     expected calibration error: with ``binning="width"`` bin b of n is ``(b/n, (b+1)/n]``, the first
     also holding 0. With ``"mass"`` they hold as equal numbers of samples as can be with samples of
     equal confidence in one bin; there are fewer bins than asked for if there are too many of those.
+    Edges then are midway between two samples, so that rounding moves none of them to another bin.
     An empty bin keeps the confidence as it is.
 
     The predicted class changes where the accuracy of a bin is less than what the runner-up is then
@@ -176,10 +195,10 @@ def fit_histogram_binning(
     samples = read_samples(probs, logits, target)
     confidence = samples.confidence
     if binning == "width":
-        edges = tuple(b / n_bins for b in range(1, n_bins))
+        edges = tuple(equal_width_edges(n_bins, torch.float64).tolist())
     else:
         edges = _mass_edges(confidence, n_bins)
-    index = _index(confidence, edges)
+    index = _index(confidence, edges, binning)
     count = index.bincount(minlength=len(edges) + 1).tolist()
     correct = index[samples.correct].bincount(minlength=len(edges) + 1).tolist()
     return HistogramBinning(
@@ -190,14 +209,21 @@ def fit_histogram_binning(
     )
 
 
-def _index(confidence: Tensor, edges: tuple[float, ...]) -> Tensor:
+def _index(confidence: Tensor, edges: tuple[float, ...], binning: Binning) -> Tensor:
     """Return the bin of each confidence."""
-    # Edges are rounded once to the dtype in which confidences come: a float32 k/n equals edge k.
-    rounded = torch.tensor(edges, dtype=torch.float64).to(confidence)
-    return torch.bucketize(confidence, rounded, right=False)
+    bounds = torch.tensor(edges, dtype=torch.float64, device=confidence.device)
+    if binning == "width":
+        # Rounded once to the dtype in which confidences come: a float32 k/n equals edge k. Between
+        # two float32 neighbours, on the other hand, only float64 has an edge of equal mass.
+        bounds = bounds.to(confidence.dtype).double()
+    return torch.bucketize(confidence.double(), bounds, right=False)
 
 
 def _mass_edges(confidence: Tensor, n_bins: int) -> tuple[float, ...]:
-    ranked = confidence.sort().values
-    # The last confidence of each bin but the last.
-    return tuple(ranked[equal_mass_cuts(ranked, n_bins) - 1].tolist())
+    """Return numbers midway between the last confidence of a bin and the first of the next."""
+    ranked = confidence.double().sort().values
+    cuts = equal_mass_cuts(ranked, n_bins)
+    lower, upper = ranked[cuts - 1], ranked[cuts]
+    middle = lower + (upper - lower) / 2
+    # Between float64 neighbours there is none: the edge belongs to the bin below.
+    return tuple(torch.where(middle < upper, middle, lower).tolist())

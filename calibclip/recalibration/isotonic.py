@@ -9,12 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibclip._checks import check_choice, describe, wrong
+from calibclip._checks import check_choice, check_count, describe, wrong
 from calibclip.metrics._predictions import ArrayLike, Predictions, as_tensor
 from calibclip.recalibration._common import (
     PlainState,
     calibrate_confidence,
+    check_length,
+    check_rising,
     like,
+    read_list,
+    read_numbers,
     read_samples,
     read_scores,
     replace_confidence,
@@ -26,6 +30,11 @@ Method = Literal["top-label", "one-vs-rest"]
 @dataclass(frozen=True, repr=False)
 class IsotonicCalibration(PlainState):
     """Monotone curves, as :func:`fit_isotonic` finds them; call it on predictions.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A number is not finite or out of range, there is no knot or not one curve a
+            class, lengths differ, or a curve does not rise.
 
     Example:
         >>> import torch
@@ -41,7 +50,7 @@ class IsotonicCalibration(PlainState):
     method: Method
     """``"top-label"`` or ``"one-vs-rest"``."""
     knots: tuple[tuple[float, ...], ...]
-    """Probabilities at which a curve is given, increasing; one tuple, or one a class."""
+    """Probabilities at which a curve is given, increasing; one tuple of them, or one a class."""
     values: tuple[tuple[float, ...], ...]
     """Calibrated probabilities at the knots, non-decreasing, in [0, 1]."""
     n_samples: int
@@ -49,11 +58,27 @@ class IsotonicCalibration(PlainState):
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, get_args(Method))
-        for name in ("knots", "values"):  # JSON makes lists of them
-            object.__setattr__(self, name, tuple(tuple(curve) for curve in getattr(self, name)))
-        lengths = [len(curve) for curve in self.knots]
-        if 0 in lengths or [len(curve) for curve in self.values] != lengths:
-            raise ValueError(wrong("values", "a value for each knot, of which there is one", "not"))
+        check_count("n_samples", self.n_samples, at_least=1)
+        knots, values = (
+            tuple(
+                read_numbers(f"{name}[{k}]", curve, at_least=0, at_most=1)
+                for k, curve in enumerate(read_list(name, getattr(self, name)))
+            )
+            for name in ("knots", "values")
+        )
+        one = self.method == "top-label"
+        if (len(knots) != 1) if one else (len(knots) < 2):
+            expected = "one curve" if one else "two curves at least, one a class"
+            raise ValueError(wrong("knots", expected, len(knots)))
+        check_length("values", values, len(knots), "curve")
+        for k, (curve, heights) in enumerate(zip(knots, values, strict=True)):
+            if not curve:
+                raise ValueError(wrong(f"knots[{k}]", "at least one knot", "none"))
+            check_length(f"values[{k}]", heights, len(curve), "knot")
+            check_rising(f"knots[{k}]", curve, strictly=True)
+            check_rising(f"values[{k}]", heights, strictly=False)
+        object.__setattr__(self, "knots", knots)
+        object.__setattr__(self, "values", values)
 
     def __call__(self, probs: ArrayLike | None = None, logits: ArrayLike | None = None) -> Any:
         """Calibrate predictions.
@@ -91,7 +116,8 @@ class IsotonicCalibration(PlainState):
         """Calibrate confidences of the predicted class, whatever the other classes get.
 
         Args:
-            confidence: Largest probabilities, any shape but 0-d, floating point, in [0, 1].
+            confidence: Largest probabilities, any shape but 0-d, floating point, in [0, 1]; up to
+                1e-4 more, as a softmax may have by rounding, counts as 1.
 
         Returns:
             Calibrated confidences, of the type, shape, dtype and device of the input.
@@ -191,10 +217,11 @@ def fit_isotonic(
     samples = read_samples(probs, logits, target)
     weights = _read_weight(weight, len(samples))
     if method == "top-label":
-        confidence, correct = samples.confidence.cpu().numpy(), samples.correct.cpu().numpy()
+        confidence = samples.confidence.cpu().numpy()
+        correct = samples.correct.cpu().numpy()
         curves = [_fit_curve(confidence.astype(np.float64), correct, weights)]
     else:
-        columns, truth = samples.probs.T.cpu().numpy(), samples.target.cpu().numpy()
+        columns, truth = samples.probs.clamp(max=1).T.cpu().numpy(), samples.target.cpu().numpy()
         curves = [
             _fit_curve(column.astype(np.float64), truth == k, weights)
             for k, column in enumerate(columns)

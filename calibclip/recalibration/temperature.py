@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, overload
 
@@ -11,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibclip._checks import check_choice, check_number, wrong
+from calibclip._checks import check_choice, check_number, warn, wrong
 from calibclip.metrics._predictions import ArrayLike, Predictions
 from calibclip.recalibration._common import (
     PlainState,
     RecalibrationWarning,
+    check_fit,
     in_blocks,
     like,
     read_logits,
@@ -36,6 +36,10 @@ class Temperature(PlainState):
 
     ``temperature(logits)`` is ``logits / temperature``, of the type, dtype and device of the
     logits, of any shape, and differentiable. The predicted class stays.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A number is not finite or out of range, or ``bound`` is unknown.
 
     Example:
         >>> import torch
@@ -67,8 +71,11 @@ class Temperature(PlainState):
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, above=0)
+        if self.logit_scale is not None:
+            check_number("logit_scale", self.logit_scale, above=0)
         if self.bound is not None:
             check_choice("bound", self.bound, ("lower", "upper"))
+        check_fit(self)
 
     @property
     def separable(self) -> bool:
@@ -163,7 +170,7 @@ def fit_temperature(
         logit_scale = check_number("logit_scale", logit_scale, above=0)
     fit = search_temperature(read_samples(None, logits, target))
     if fit.complaint:
-        warnings.warn(fit.complaint, RecalibrationWarning, stacklevel=2)
+        warn(fit.complaint, RecalibrationWarning)
     return Temperature(
         temperature=fit.temperature,
         logit_scale=None if logit_scale is None else logit_scale / fit.temperature,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from dataclasses import dataclass
 from typing import overload
 
@@ -10,20 +10,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibclip._checks import check_count, check_number, describe, wrong
+from calibclip._checks import check_count, check_number, describe, warn, wrong
 from calibclip.metrics._predictions import ArrayLike, Predictions
 from calibclip.recalibration._common import (
     PlainState,
     RecalibrationWarning,
+    check_fit,
+    check_length,
     in_blocks,
     like,
     read_logits,
+    read_numbers,
     read_samples,
 )
 from calibclip.recalibration.temperature import search_temperature
 
 # Norm of the gradient at which a fit counts as converged; the excess loss is about half its square.
 _GRADIENT = 1e-6
+# Nats per sample by which rounding may make an optimum worse than the start.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,6 +38,10 @@ class VectorScaling(PlainState):
     ``scaling(logits)`` is ``logits * weight + bias``, of the type, dtype and device of the logits,
     of any shape that ends in K, and differentiable. A class masked by ``-inf`` stays so. The
     predicted class may change, and with it the accuracy.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A number is not finite or out of range, or lengths differ.
 
     Example:
         >>> import torch
@@ -55,20 +64,26 @@ class VectorScaling(PlainState):
     nll_after: float
     """Mean negative log-likelihood of the samples in nats, of the new logits; without the ridge."""
     gradient_norm: float
-    """Norm of the gradient at the end, in units in which the curvature of a class is 1."""
+    """Norm of the gradient where the search ended, in units in which the curvature of a class is 1;
+    infinite if it could not be computed."""
     converged: bool
-    """Whether the norm of the gradient is below 1e-6."""
+    """Whether the norm of the gradient is below 1e-6; False if the temperature alone was kept."""
     n_iterations: int
     """Iterations of L-BFGS."""
     n_samples: int
     """Number of samples, N."""
 
     def __post_init__(self) -> None:
-        for name in ("weight", "bias"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON makes lists of them
-        if len(self.bias) != len(self.weight):
-            expected = f"{len(self.weight)} numbers, as many as weights"
-            raise ValueError(wrong("bias", expected, len(self.bias)))
+        weight, bias = read_numbers("weight", self.weight), read_numbers("bias", self.bias)
+        if len(weight) < 2:
+            raise ValueError(wrong("weight", "two numbers at least, one a class", len(weight)))
+        check_length("bias", bias, len(weight), "weight")
+        check_number("ridge", self.ridge, above=0)
+        if self.gradient_norm != math.inf:
+            check_number("gradient_norm", self.gradient_norm, at_least=0)
+        check_fit(self)
+        object.__setattr__(self, "weight", weight)
+        object.__setattr__(self, "bias", bias)
 
     @property
     def n_classes(self) -> int:
@@ -135,6 +150,11 @@ def fit_vector_scaling(
     is checked and reported. Memory on top of the logits is a few MB and a few numbers a sample
     (half precision is widened once).
 
+    A class is masked by ``-inf`` only. A huge negative number, such as ``torch.finfo(...).min``, is
+    a logit like any other: it moves the mean of its class, and next to it others are rounded away.
+    Should the outcome fit worse than the temperature alone, the temperature is kept, with a warning
+    (in exact arithmetic it cannot).
+
     Args:
         logits: Shape ``(N, K)``, floating point, ``N >= 1`` and ``K >= 2``; ``-inf`` masks a class.
         target: True classes, shape ``(N,)``, any integer dtype.
@@ -150,7 +170,8 @@ def fit_vector_scaling(
             logits holds NaN or +inf or only -inf, or the logit of a true class is -inf.
 
     Warns:
-        RecalibrationWarning: The norm of the gradient is not below 1e-6 at the end.
+        RecalibrationWarning: The norm of the gradient is not below 1e-6 at the end, or the
+            temperature alone was kept.
 
     Example:
         >>> import torch
@@ -189,15 +210,24 @@ def fit_vector_scaling(
     scale, shift = loss.parameters(solution.x)
     weight = scale / start.temperature
     bias = loss.mean / start.temperature + shift - weight * loss.mean
-    nll, _ = loss.likelihood(scale, shift)
+    # Of the logits as users will get them: next to huge ones those centred above are rounded away.
+    nll = _likelihood(samples, weight, bias)
     norm = float(np.linalg.norm(loss(solution.x)[1]))
-    converged = norm <= _GRADIENT
+    norm = math.inf if math.isnan(norm) else norm
+    kept = not nll <= start.nll_after + _ROUNDING
+    if kept:
+        nll = start.nll_after
+        weight, bias = np.full_like(weight, 1 / start.temperature), np.zeros_like(bias)
+    converged = norm <= _GRADIENT and not kept
     if not converged:
         text = (
-            f"fit_vector_scaling: the norm of the gradient is {norm:.2g} after {solution.nit} "
-            f"iterations, not <= {_GRADIENT:g}"
+            "rounding leaves a worse fit than the temperature alone, which is kept: mask classes "
+            "by -inf, not by huge numbers"
+            if kept
+            else f"the norm of the gradient is {norm:.2g} after {solution.nit} iterations, "
+            f"not <= {_GRADIENT:g}"
         )
-        warnings.warn(text, RecalibrationWarning, stacklevel=2)
+        warn(f"fit_vector_scaling: {text}", RecalibrationWarning)
     return VectorScaling(
         weight=tuple(weight.tolist()),
         bias=tuple(bias.tolist()),
@@ -209,6 +239,18 @@ def fit_vector_scaling(
         n_iterations=int(solution.nit),
         n_samples=len(samples),
     )
+
+
+def _likelihood(samples: Predictions, weight: np.ndarray, bias: np.ndarray) -> float:
+    """Return the mean negative log-likelihood of scaled and shifted logits."""
+    device = samples.scores.device
+    factor, summand = (torch.from_numpy(values).to(device) for values in (weight, bias))
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for scores, target in in_blocks(samples.scores, samples.target):
+        logits = scores.double() * factor + summand
+        logits.masked_fill_(scores == -torch.inf, -torch.inf)
+        total -= logits.log_softmax(dim=1).gather(1, target[:, None]).sum()
+    return total.item() / len(samples)
 
 
 class _Loss:

@@ -54,19 +54,20 @@ def measure(
 
     Raises:
         TypeError: ``log_alpha`` is not a floating-point tensor, or ``normalize`` is no bool.
-        ValueError: There is nothing to normalise by, or there are no classes.
+        ValueError: ``log_alpha`` has no dimension or no class, or with ``normalize`` only one.
     """
     check_floating("log_alpha", log_alpha, shape="(..., C)")
     check_flag("normalize", normalize)
-    divisor = log_classes("log_alpha", log_alpha, "pass normalize=False") if normalize else 1.0
     log_alpha = log_alpha.to(torch.promote_types(log_alpha.dtype, torch.float32))
     result: Tensor = _Measure.apply(log_alpha, value, slope)
-    return result / divisor if normalize else result
+    return (
+        normalized(result, "log_alpha", log_alpha, "pass normalize=False") if normalize else result
+    )
 
 
-def log_classes(argument: str, value: Tensor, remedy: str = "") -> float:
-    """Return ln C of ``(..., C)``, after checking that it is not 0."""
-    if value.shape[-1] < 2:
+def normalized(result: Tensor, argument: str, given: Tensor, remedy: str = "") -> Tensor:
+    """Divide the measures of what was given, ``(..., C)``, by ln C, which must not be 0."""
+    if given.shape[-1] < 2:
         expected = "at least two classes, for ln C > 0"
-        raise ValueError(wrong(argument, expected, describe(value), remedy))
-    return math.log(value.shape[-1])
+        raise ValueError(wrong(argument, expected, describe(given), remedy))
+    return result / math.log(given.shape[-1])

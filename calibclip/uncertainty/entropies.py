@@ -46,7 +46,8 @@ def predictive_entropy(log_alpha: Tensor, *, normalize: bool = False) -> Tensor:
         for a nearly one-hot ``p``, where a softmax entropy in float32 loses its digits.
 
     Raises:
-        TypeError: ``log_alpha`` is not a floating-point tensor.
+        TypeError: ``log_alpha`` is not a floating-point tensor, or ``normalize`` no bool.
+        ValueError: ``log_alpha`` has no dimension or no class, or with ``normalize`` only one.
 
     Example:
         >>> predictive_entropy(torch.tensor([2.0, 1.0, 1.0]).log())
@@ -89,7 +90,8 @@ def aleatoric_uncertainty(log_alpha: Tensor, *, normalize: bool = False) -> Tens
         Nats (or the share of :math:`\ln C`), shape ``(...,)``, float32 or float64.
 
     Raises:
-        TypeError: ``log_alpha`` is not a floating-point tensor.
+        TypeError: ``log_alpha`` is not a floating-point tensor, or ``normalize`` no bool.
+        ValueError: ``log_alpha`` has no dimension or no class, or with ``normalize`` only one.
 
     Example:
         >>> aleatoric_uncertainty(torch.tensor([2.0, 1.0, 1.0]).log())
@@ -130,7 +132,8 @@ def mutual_information(log_alpha: Tensor, *, normalize: bool = False) -> Tensor:
         Nats (or the share of :math:`\ln C`), shape ``(...,)``, float32 or float64.
 
     Raises:
-        TypeError: ``log_alpha`` is not a floating-point tensor.
+        TypeError: ``log_alpha`` is not a floating-point tensor, or ``normalize`` no bool.
+        ValueError: ``log_alpha`` has no dimension or no class, or with ``normalize`` only one.
 
     Example:
         >>> mutual_information(torch.tensor([2.0, 1.0, 1.0]).log())
@@ -184,6 +187,7 @@ def differential_entropy(log_alpha: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``log_alpha`` is not a floating-point tensor.
+        ValueError: ``log_alpha`` has no dimension or no class.
 
     Example:
         >>> differential_entropy(torch.tensor([2.0, 1.0, 1.0]).log())

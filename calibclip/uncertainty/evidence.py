@@ -43,7 +43,8 @@ def vacuity(log_alpha: Tensor, *, normalize: bool = False) -> Tensor:
         Shape ``(...,)``, float32 or float64.
 
     Raises:
-        TypeError: ``log_alpha`` is not a floating-point tensor.
+        TypeError: ``log_alpha`` is not a floating-point tensor, or ``normalize`` no bool.
+        ValueError: ``log_alpha`` has no dimension or no class, or with ``normalize`` only one.
 
     Example:
         >>> vacuity(torch.tensor([2.0, 1.0, 1.0]).log())
@@ -93,7 +94,8 @@ def epistemic_uncertainty(log_alpha: Tensor, *, normalize: bool = False) -> Tens
         Shape ``(...,)``, float32 or float64.
 
     Raises:
-        TypeError: ``log_alpha`` is not a floating-point tensor.
+        TypeError: ``log_alpha`` is not a floating-point tensor, or ``normalize`` no bool.
+        ValueError: ``log_alpha`` has no dimension or no class, or with ``normalize`` only one.
 
     Example:
         >>> epistemic_uncertainty(torch.tensor([2.0, 1.0, 1.0]).log())
@@ -124,7 +126,8 @@ def expected_pairwise_kl(log_alpha: Tensor, *, normalize: bool = False) -> Tenso
         Nats (or multiples of :math:`\ln C`), shape ``(...,)``, float32 or float64; 0 for one class.
 
     Raises:
-        TypeError: ``log_alpha`` is not a floating-point tensor.
+        TypeError: ``log_alpha`` is not a floating-point tensor, or ``normalize`` no bool.
+        ValueError: ``log_alpha`` has no dimension or no class, or with ``normalize`` only one.
 
     Example:
         >>> expected_pairwise_kl(torch.tensor([2.0, 1.0, 1.0]).log())
@@ -176,6 +179,7 @@ def dissonance(log_alpha: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``log_alpha`` is not a floating-point tensor.
+        ValueError: ``log_alpha`` has no dimension or no class.
 
     Example:
         >>> dissonance(torch.tensor([[6.0, 6.0, 1.0], [11.0, 1.0, 1.0]]).log())
@@ -230,7 +234,7 @@ def conflictiveness(log_alpha: Tensor, log_beta: Tensor) -> Tensor:
 
     Raises:
         TypeError: An argument is not a floating-point tensor.
-        ValueError: The shapes or devices differ.
+        ValueError: The shapes or devices differ, or there is no dimension or no class.
 
     Example:
         >>> one, other = torch.tensor([8.0, 1.0, 1.0]), torch.tensor([1.0, 8.0, 1.0])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from calibclip._checks import check_floating
 from calibclip.dirichlet import simplex
-from calibclip.uncertainty._measure import log_classes
+from calibclip.uncertainty._measure import normalized
 from calibclip.uncertainty.entropies import aleatoric_uncertainty
 
 # What it adds: to alpha, and to p inside the logarithm.
@@ -32,6 +32,7 @@ def published_log_concentration(logits: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``logits`` is not a floating-point tensor.
+        ValueError: ``logits`` has no dimension or no class.
 
     Example:
         >>> published_log_concentration(torch.tensor([25.0, 0.0]))
@@ -59,7 +60,7 @@ def published_aleatoric_uncertainty(logits: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``logits`` is not a floating-point tensor.
-        ValueError: There is one class only.
+        ValueError: ``logits`` has no dimension or fewer than two classes.
 
     Example:
         >>> published_aleatoric_uncertainty(torch.tensor([25.0, 24.0, 20.0]))
@@ -68,8 +69,8 @@ def published_aleatoric_uncertainty(logits: Tensor) -> Tensor:
     References:
         The code of Lu et al. (2025), https://github.com/VivienLu/UCAT, ``au_dirichlet`` in main.py.
     """
-    log_alpha = published_log_concentration(logits)
-    return aleatoric_uncertainty(log_alpha) / log_classes("logits", logits)
+    aleatoric = aleatoric_uncertainty(published_log_concentration(logits))
+    return normalized(aleatoric, "logits", logits)
 
 
 def published_epistemic_uncertainty(logits: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ def published_epistemic_uncertainty(logits: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``logits`` is not a floating-point tensor.
-        ValueError: There is one class only.
+        ValueError: ``logits`` has no dimension or fewer than two classes.
 
     Example:
         >>> published_epistemic_uncertainty(torch.tensor([1.0, 0.0, 0.0]))
@@ -99,7 +100,8 @@ def published_epistemic_uncertainty(logits: Tensor) -> Tensor:
         The code of Lu et al. (2025), https://github.com/VivienLu/UCAT, ``eu_dirichlet`` in main.py.
     """
     alpha = torch.exp(published_log_concentration(logits))
-    return logits.shape[-1] / (torch.logsumexp(alpha, -1) + 1) / log_classes("logits", logits)
+    epistemic = logits.shape[-1] / (torch.logsumexp(alpha, -1) + 1)
+    return normalized(epistemic, "logits", logits)
 
 
 def published_predictive_entropy(logits: Tensor) -> Tensor:
@@ -119,7 +121,7 @@ def published_predictive_entropy(logits: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``logits`` is not a floating-point tensor.
-        ValueError: There is one class only.
+        ValueError: ``logits`` has no dimension or fewer than two classes.
 
     Example:
         >>> published_predictive_entropy(torch.tensor([25.0, 24.0, 20.0]))
@@ -133,4 +135,4 @@ def published_predictive_entropy(logits: Tensor) -> Tensor:
     row = simplex(logits)
     floor = row.gap.new_tensor(math.log(_PROB_OFFSET))
     log_probs = torch.logaddexp(-row.surprise, floor)
-    return -(row.probs * log_probs).sum(-1) / log_classes("logits", logits)
+    return normalized(-(row.probs * log_probs).sum(-1), "logits", logits)
