@@ -7,6 +7,7 @@ from calibclip.dirichlet import (
     DirichletHead,
     cosine_similarity,
     dirichlet_kl,
+    explain_impl,
     log_concentration,
 )
 from calibclip.evaluation import evaluate
@@ -31,6 +32,7 @@ from calibclip.losses import (
     edl_loss,
     fap_loss,
     fare_loss,
+    linear_dirichlet_align,
     pmg_aft_loss,
     prior_network_loss,
     simclip_loss,
@@ -92,8 +94,10 @@ __all__ = [
     "epistemic_uncertainty",
     "evaluate",
     "expected_pairwise_kl",
+    "explain_impl",
     "fap_loss",
     "fare_loss",
+    "linear_dirichlet_align",
     "log_concentration",
     "losses",
     "metrics",

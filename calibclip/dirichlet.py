@@ -22,13 +22,16 @@ from calibclip._checks import (
     describe,
     wrong,
 )
-from calibclip._kernels import Implementation, dirichlet_kl_parts
+from calibclip._kernels import dirichlet_kl_parts
+from calibclip._kernels.common import compute_dtype
+from calibclip._kernels.dispatch import IMPLEMENTATIONS, ImplChoice, Implementation, choose
 from calibclip._kernels.special import smallest
 
 __all__ = [
     "DirichletHead",
     "cosine_similarity",
     "dirichlet_kl",
+    "explain_impl",
     "log_concentration",
 ]
 
@@ -184,19 +187,24 @@ def dirichlet_kl(
         log_beta: :math:`\ln\beta`, the same shape. Gradients flow to both arguments; detach what is
             a reference.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-        impl: ``"auto"`` and ``"eager"`` are the closed form with its closed-form gradient, which
-            keeps no tensor of the inputs' size and differentiates once. ``"reference"`` is the
-            same in float64. ``"torch_distributions"`` is the textbook formula in the inputs' dtype,
-            as in published code, for comparison; torch checks its arguments and rejects NaN.
+        impl: ``"eager"`` is the closed form with its closed-form gradient, which keeps no tensor of
+            the inputs' size and differentiates once; ``"triton"`` the same as kernels for a CUDA
+            device; ``"compile"`` the same by ``torch.compile``, which takes half a minute at
+            first and waits for the device. ``"auto"`` takes Triton where it can run, else
+            ``"eager"``: ``explain_impl`` tells. ``"reference"`` is the closed form in float64.
+            ``"torch_distributions"`` is the textbook formula in the inputs' dtype, as in
+            published code, for comparison; torch checks its arguments and rejects NaN.
 
     Returns:
         Shape ``(...,)`` for ``"none"``, else 0-d. float32, or float64 for float64 input or
-        ``impl="reference"``. NaN inputs give NaN in their rows. A second derivative raises
-        ``RuntimeError``, and so do the transforms of ``torch.func``.
+        ``impl="reference"``. NaN inputs give NaN in their rows. ``torch.compile``, ``torch.export``
+        and ``torch.func.vmap`` take the call as one operator.
 
     Raises:
         TypeError: An argument is not a floating-point tensor.
-        ValueError: The shapes or devices differ, or a name is unknown.
+        ValueError: The shapes or devices differ, a name is unknown, or the implementation asked
+            for cannot run here, with the reason.
+        RuntimeError: A second derivative is used, or ``torch.func`` differentiates.
 
     Example:
         >>> log_alpha = torch.tensor([[18.0, 17.0, 16.0]])
@@ -215,6 +223,39 @@ def dirichlet_kl(
     check_choice("reduction", reduction, REDUCTIONS)
     shape, evidence = dirichlet_kl_parts(log_alpha, log_beta, impl=impl)
     return reduce(shape + evidence, reduction)
+
+
+def explain_impl(
+    log_alpha: Tensor, log_beta: Tensor | None = None, impl: Implementation = "auto"
+) -> ImplChoice:
+    """Say which implementation ``dirichlet_kl`` and the alignment losses take, and why.
+
+    Args:
+        log_alpha: As for ``dirichlet_kl``; only its device and dtype matter.
+        log_beta: Likewise; ``None`` if it is like ``log_alpha``.
+        impl: What would be asked for.
+
+    Returns:
+        ``ImplChoice(impl, reason)``.
+
+    Raises:
+        TypeError: An argument is not a floating-point tensor.
+        ValueError: The name is unknown, the devices differ, or the implementation cannot run here.
+
+    Example:
+        >>> explain_impl(torch.zeros(2, 3, dtype=torch.float64)).impl
+        'eager'
+    """
+    check_floating("log_alpha", log_alpha, shape="(..., C)")
+    if log_beta is not None:
+        check_floating("log_beta", log_beta, shape="(..., C)")
+        check_same_device("log_beta", log_beta, "log_alpha", log_alpha)
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    return choose(
+        impl,
+        log_alpha.device,
+        compute_dtype(log_alpha, log_alpha if log_beta is None else log_beta),
+    )
 
 
 def reduce(values: Tensor, reduction: Reduction) -> Tensor:

@@ -683,7 +683,7 @@ def test_bad_inputs(inputs, error, message):
         ),
         ({"direction": "both"}, ValueError, r"^direction: .* 'reverse', 'forward', got 'both'$"),
         ({"reduction": "max"}, ValueError, r"^reduction: .* 'none', 'mean', 'sum', got 'max'$"),
-        ({"impl": "triton"}, ValueError, r"^impl: expected one of 'auto', .*, got 'triton'$"),
+        ({"impl": "fast"}, ValueError, r"^impl: expected one of 'auto', .*, got 'fast'$"),
     ],
 )
 def test_bad_options(options, error, message):

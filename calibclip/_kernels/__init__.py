@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, Dirichlet, kl_divergence
 
 from calibclip._checks import check_choice
 from calibclip._kernels.categorical import categorical_kl as categorical_kl
-from calibclip._kernels.closed_form import DirichletKL, compute_dtype
-
-Implementation = Literal["auto", "eager", "reference", "torch_distributions"]
-IMPLEMENTATIONS = get_args(Implementation)
-
-
-def scalar_dtype(device: torch.device) -> torch.dtype:
-    """Return the widest dtype the device has; weights and totals are kept in it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+from calibclip._kernels.common import compute_dtype, scalar_dtype
+from calibclip._kernels.dispatch import IMPLEMENTATIONS, Implementation, choose, load
+from calibclip._kernels.function import apply
 
 
 def dirichlet_kl_parts(
@@ -36,12 +28,46 @@ def dirichlet_kl_parts(
     """
     check_choice("impl", impl, IMPLEMENTATIONS)
     if not isinstance(log_weight, Tensor):
-        log_weight = torch.tensor(log_weight, dtype=scalar_dtype(first.device))
+        dtype = scalar_dtype(first.device)
+        log_weight = torch.full((), log_weight, dtype=dtype, device=first.device)
     if impl == "torch_distributions" and first.numel() > 0:  # which rejects an empty batch
         return _torch_distributions(first, second, scale, shift, log_weight)
     if impl == "reference":
         first, second = first.double(), second.double()
-    return DirichletKL.apply(first, second, scale, shift, log_weight)
+    if first.ndim == 2:
+        return apply(first, second, scale, shift, log_weight, impl)
+    rows, rows_second = (x.reshape(-1, x.shape[-1]) for x in (first, second))
+    shape, evidence = apply(rows, rows_second, scale, shift, log_weight, impl)
+    return shape.view(first.shape[:-1]), evidence.view(first.shape[:-1])
+
+
+def dirichlet_kl_gradient(
+    cosines: Tensor,
+    cosines_ref: Tensor,
+    *,
+    scale: float,
+    shift: float,
+    log_weight: Tensor,
+    reverse: bool,
+    impl: Implementation,
+) -> tuple[Tensor, Tensor]:
+    """Return the weighted KL of every row and its gradient in the first argument, at once.
+
+    ``reverse`` puts the reference second, as in the paper. Nothing is recorded for autograd.
+    """
+    dtype = cosines.dtype
+    if impl == "reference":
+        cosines, cosines_ref = cosines.double(), cosines_ref.double()
+    pair = (cosines, cosines_ref) if reverse else (cosines_ref, cosines)
+    kernel = load(choose(impl, cosines.device, compute_dtype(*pair)).impl)
+    with torch.no_grad():
+        shape, evidence, stats = kernel.forward(*pair, scale, shift, log_weight)
+        ones = torch.ones_like(shape)
+        grads = kernel.backward(
+            ones, ones, *pair, stats, scale, shift, log_weight, (reverse, not reverse)
+        )
+    gradient = grads[0] if reverse else grads[1]
+    return shape + evidence, gradient.to(dtype)
 
 
 def _torch_distributions(

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from calibclip._kernels import special
-from calibclip._kernels.closed_form import compute_dtype, row_blocks
+from calibclip._kernels.closed_form import row_blocks
+from calibclip._kernels.common import compute_dtype
 from calibclip._kernels.once import once_only
 
 # |delta| up to which the second sum is used term by term; beyond, nothing cancels.

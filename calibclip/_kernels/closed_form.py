@@ -10,23 +10,26 @@ the *shape* part, a categorical KL weighted by the second Dirichlet's total evid
 
 Inputs are logits ``u`` and ``v`` with ``x = scale * u + shift``: the gap ``y - x`` is formed from
 them, where it is exact, and the constant ``shift`` never meets a float32 number it could blur.
+
+``forward`` and ``backward`` keep nothing of size B×C: backward computes everything again, in blocks
+of rows, so that a large call's peak is one B×C matrix for each gradient.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from calibclip._kernels import special
-from calibclip._kernels.once import once_only
+from calibclip._kernels import small, special
+from calibclip._kernels.common import N_STATS, compute_dtype, scalar_dtype
 
 # Elements per block of rows: on a CPU a block's temporaries should stay in the cache; elsewhere the
 # bound only keeps the temporaries of a huge call small.
-_BLOCK_ON_CPU, _BLOCK_ELSEWHERE = 1 << 18, 1 << 26
+_BLOCK_ON_CPU, _BLOCK_ELSEWHERE = 1 << 18, 1 << 22
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
@@ -35,11 +38,6 @@ def row_blocks(matrix: Tensor) -> Iterator[slice]:
     size = max(1, (_BLOCK_ON_CPU if matrix.device.type == "cpu" else _BLOCK_ELSEWHERE) // columns)
     for start in range(0, max(1, rows), size):
         yield slice(start, start + size)
-
-
-def compute_dtype(first: Tensor, second: Tensor) -> torch.dtype:
-    """Return float32, or float64 as soon as one input is."""
-    return torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
 
 
 class _Extent(NamedTuple):
@@ -183,108 +181,138 @@ class _Change(NamedTuple):
         return cls(delta, None, torch.copysign(size, delta))
 
 
-class DirichletKL(torch.autograd.Function):
-    """(first, second, scale, shift, log_weight) -> (shape, evidence), each of shape ``(...,)``.
+def forward(
+    first: Tensor, second: Tensor, scale: float, shift: float, log_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the shape and the evidence part of every row, and what backward needs of them.
 
-    Keeps nothing of size B×C but the inputs themselves and computes everything again in backward,
-    in blocks of rows, so that a large call's peak is one B×C matrix for each gradient.
+    Args:
+        first: Logits of a, ``(rows, C)``.
+        second: Logits of b, the same shape.
+        scale: Factor of both.
+        shift: Added to both.
+        log_weight: Logarithm of the factor w of the result, 0-d.
+
+    Returns:
+        Two vectors ``(rows,)``, at least float32, and a float64 matrix ``(rows, N_STATS)``.
     """
+    if small.suits(first, second, scale, shift):
+        return small.forward(first, second, scale, shift, log_weight)
+    dtype = compute_dtype(first, second)
+    parts, bounds, smallest = [], [], []
+    for part in row_blocks(first):
+        block = _Block(first[part], second[part], scale)
+        sums, bound = _sum_up(block)
+        parts.append(sums)
+        bounds.append(bound)
+        smallest.append(block.smallest() + shift)
+    # Most calls are a single block, which need not be copied.
+    sums = parts[0] if len(parts) == 1 else _Sums(*map(torch.cat, zip(*parts, strict=True)))
 
-    @staticmethod
-    def forward(
-        ctx: Any, first: Tensor, second: Tensor, scale: float, shift: float, log_weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Sum the blocks up, then work on the rows' sums."""
-        dtype = compute_dtype(first, second)
-        first_rows, second_rows = _as_rows(first), _as_rows(second)
-        parts, bounds, smallest = [], [], []
-        for part in row_blocks(first_rows):
-            block = _Block(first_rows[part], second_rows[part], scale)
-            sums, bound = _sum_up(block)
-            parts.append(sums)
-            bounds.append(bound)
-            smallest.append(block.smallest() + shift)
-        # Most calls are a single block, which need not be copied.
-        sums = parts[0] if len(parts) == 1 else _Sums(*map(torch.cat, zip(*parts, strict=True)))
+    # With h(t) = t e^t - e^t + 1,  KL(q || p) = e^-eta sum_k p_k h(t_k) - (e^-eta - 1 + eta).
+    eta = torch.log1p(sums.growth)
+    centre, beyond = sums.d_top + sums.mean, sums.mean + eta
+    steps = torch.cat((-eta, centre, centre + eta), -1)
+    reach = special.largest(steps)
+    of_eta, of_centre, of_d0 = special.second_order(steps, reach).split(1, -1)
+    categorical = torch.exp(-eta) * sums.leading - of_eta
+    # Two factors, since rounding a logarithm of size 20 costs a relative 1e-6.
+    offset = (shift + log_weight).to(dtype)
+    strength = torch.exp(sums.log_b + offset) * torch.exp(sums.log_ratio + eta)
+    totals = _Totals(sums.d_top, beyond, sums.log_a0 + shift, strength)
+    extents = [
+        _Extent(bound + reach, bound + reach, low)
+        for bound, low in zip(bounds, smallest, strict=True)
+    ]
 
-        # With h(t) = t e^t - e^t + 1,  KL(q || p) = e^-eta sum_k p_k h(t_k) - (e^-eta - 1 + eta).
-        eta = torch.log1p(sums.growth)
-        centre, beyond = sums.d_top + sums.mean, sums.mean + eta
-        steps = torch.cat((-eta, centre, centre + eta), -1)
-        reach = special.largest(steps)
-        of_eta, of_centre, of_d0 = special.second_order(steps, reach).split(1, -1)
-        categorical = torch.exp(-eta) * sums.leading - of_eta
-        # Two factors, since rounding a logarithm of size 20 costs a relative 1e-6.
-        offset = (shift + log_weight).to(dtype)
-        strength = torch.exp(sums.log_b + offset) * torch.exp(sums.log_ratio + eta)
-        totals = _Totals(sums.d_top, beyond, sums.log_a0 + shift, strength)
-        extents = [
-            _Extent(bound + reach, bound + reach, low)
-            for bound, low in zip(bounds, smallest, strict=True)
-        ]
-
-        weight = log_weight.to(dtype)
-        pairs = totals.pairs(extents)
-        evidence = None
-        if pairs.large and pairs.close:
-            # E is (e^d - 1 - d) / 2 here, and over d = centre + t its sum follows from that over t.
-            growth, count = torch.expm1(centre), first.shape[-1]
-            level, slope = count * of_centre, growth * sums.plain
-            squares = (1 + growth) * sums.squares + level + slope
-            if bool((squares >= 0.1 * (level + slope.abs())).all()):  # else digits are lost
-                evidence = (0.5 * weight.exp()) * (squares - of_d0)
-        if evidence is None:
-            classes = torch.empty_like(strength)
-            for part, extent in zip(row_blocks(first_rows), extents, strict=True):
-                block = _Block(first_rows[part], second_rows[part], scale)
-                every = special.evidence_divergence(block.pairs(shift, extent), weight)
-                classes[part] = every.sum(-1, keepdim=True)
-            evidence = classes - special.evidence_divergence(pairs, weight)
-            evidence = torch.where(classes == torch.inf, classes, evidence)
-        ctx.save_for_backward(first, second, weight, *totals)
-        ctx.scale, ctx.shift, ctx.extents = scale, shift, extents
-        # Equal predictions stay at 0 even where the evidence itself overflows.
-        shape = torch.where(categorical == 0, categorical, strength * categorical)
-        sizes = first.shape[:-1]
-        return shape.clamp_(min=0).view(sizes), evidence.clamp_(min=0).view(sizes)
-
-    @staticmethod
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_shape: Tensor, grad_evidence: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        """Compute the gradients in both inputs; differentiating them again raises."""
-        with torch.no_grad():
-            grads = _gradients(ctx, grad_shape, grad_evidence)
-        sources = (*ctx.saved_tensors[:2], grad_shape, grad_evidence)
-        grads = once_only(
-            grads, sources, 'dirichlet_kl(..., impl="torch_distributions") has one, in float64'
-        )
-        return (*grads, None, None, None)
+    weight = log_weight.to(dtype)
+    pairs = totals.pairs(extents)
+    evidence = None
+    if pairs.large and pairs.close:
+        # E is (e^d - 1 - d) / 2 here, and over d = centre + t its sum follows from that over t.
+        growth, count = torch.expm1(centre), first.shape[-1]
+        level, slope = count * of_centre, growth * sums.plain
+        squares = (1 + growth) * sums.squares + level + slope
+        if bool((squares >= 0.1 * (level + slope.abs())).all()):  # else digits are lost
+            evidence = (0.5 * weight.exp()) * (squares - of_d0)
+    if evidence is None:
+        classes = torch.empty_like(strength)
+        for part, extent in zip(row_blocks(first), extents, strict=True):
+            block = _Block(first[part], second[part], scale)
+            every = special.evidence_divergence(block.pairs(shift, extent), weight)
+            classes[part] = every.sum(-1, keepdim=True)
+        evidence = classes - special.evidence_divergence(pairs, weight)
+        evidence = torch.where(classes == torch.inf, classes, evidence)
+    # Equal predictions stay at 0 even where the evidence itself overflows.
+    shape = torch.where(categorical == 0, categorical, strength * categorical)
+    stats = _remember(totals, extents, first)
+    return shape.clamp_(min=0).squeeze(-1), evidence.clamp_(min=0).squeeze(-1), stats
 
 
-def _gradients(ctx: Any, grad_shape: Tensor, grad_evidence: Tensor) -> list[Tensor | None]:
-    """Return the gradients in both inputs, with ``slope`` of the evidence from ``special``.
+def _remember(totals: _Totals, extents: list[_Extent], first: Tensor) -> Tensor:
+    """Return the columns of ``totals``, then the extent of each row's block."""
+    stats = first.new_zeros(len(first), N_STATS, dtype=scalar_dtype(first.device))
+    stats[:, : len(totals)] = torch.cat(totals, -1)
+    for part, extent in zip(row_blocks(first), extents, strict=True):
+        for column, bound in enumerate(extent, start=len(totals)):
+            stats[part, column] = bound
+    return stats
+
+
+def _recall(first: Tensor, stats: Tensor, dtype: torch.dtype) -> tuple[_Totals, list[_Extent]]:
+    """Undo ``_remember``; on an accelerator, where nothing has been seen, without a look."""
+    totals = _Totals(*stats[:, : len(_Totals._fields)].to(dtype).split(1, -1))
+    starts = [part.start for part in row_blocks(first)]
+    if stats.device.type != "cpu":
+        return totals, [_Extent(math.inf, math.inf, -math.inf)] * len(starts)
+    bounds = (
+        stats[starts, len(_Totals._fields) :][:, : len(_Extent._fields)].tolist()
+        if len(first) > 0
+        else [[0.0] * 3]
+    )
+    return totals, [_Extent(*row) for row in bounds]
+
+
+def backward(
+    grad_shape: Tensor,
+    grad_evidence: Tensor,
+    first: Tensor,
+    second: Tensor,
+    stats: Tensor,
+    scale: float,
+    shift: float,
+    log_weight: Tensor,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients in both inputs that are needed, each of its input's dtype.
+
+    With ``slope`` of the evidence from ``special``,
 
     d/dx_k = b_0 (p_k - q_k)  -  [slope(a_k) - p_k slope(a_0)]
     d/dy_k = b_k ln(q_k / p_k)  +  slope(b_k) - q_k slope(b_0)
     """
-    first, second, weight, *columns = ctx.saved_tensors
-    first_rows, second_rows, totals = _as_rows(first), _as_rows(second), _Totals(*columns)
-    by_evidence = grad_evidence.reshape(-1, 1) * ctx.scale
-    by_shape = grad_shape.reshape(-1, 1) * ctx.scale * totals.strength
-    sums = totals.pairs(ctx.extents)
+    if small.suited(first, second, stats):
+        return small.backward(
+            grad_shape, grad_evidence, first, second, stats, scale, shift, log_weight, needs
+        )
+    dtype = compute_dtype(first, second)
+    totals, extents = _recall(first, stats, dtype)
+    weight = log_weight.to(dtype)
+    by_evidence = grad_evidence.reshape(-1, 1) * scale
+    by_shape = grad_shape.reshape(-1, 1) * scale * totals.strength
+    sums = totals.pairs(extents)
     half = 0.5 * weight.exp()
     grad_first = grad_second = total_first = total_second = None
-    if ctx.needs_input_grad[0]:
-        grad_first = torch.empty(first_rows.shape, dtype=first.dtype, device=first.device)
+    if needs[0]:
+        grad_first = torch.empty(first.shape, dtype=first.dtype, device=first.device)
         total_first = special.evidence_slope_first(sums, weight)
-    if ctx.needs_input_grad[1]:
-        grad_second = torch.empty(second_rows.shape, dtype=second.dtype, device=first.device)
+    if needs[1]:
+        grad_second = torch.empty(second.shape, dtype=second.dtype, device=first.device)
         total_second = special.evidence_slope_second(sums, weight)
-    for part, extent in zip(row_blocks(first_rows), ctx.extents, strict=True):
-        block = _Block(first_rows[part], second_rows[part], ctx.scale)
+    for part, extent in zip(row_blocks(first), extents, strict=True):
+        block = _Block(first[part], second[part], scale)
         change = _Change.of(block, totals, part, extent.spread)
-        pairs = block.pairs(ctx.shift, extent)
+        pairs = block.pairs(shift, extent)
         shared = None
         if change.growth is not None and pairs.large:
             # Both slopes are w (e^(d_k) - 1) / 2, here from e^(d_k - d0) - 1: rounded relative to
@@ -295,7 +323,7 @@ def _gradients(ctx: Any, grad_shape: Tensor, grad_evidence: Tensor) -> list[Tens
             if shared is None:
                 every = special.evidence_slope_first(pairs, weight)
             else:
-                every = shared.clone() if ctx.needs_input_grad[1] else shared
+                every = shared.clone() if needs[1] else shared
             every.addcmul_(block.p, total_first[part], value=-1).mul_(-by_evidence[part])
             grad_first[part] = every.addcmul_(change.difference, by_shape[part], value=-1)
         if grad_second is not None and total_second is not None:
@@ -303,8 +331,4 @@ def _gradients(ctx: Any, grad_shape: Tensor, grad_evidence: Tensor) -> list[Tens
             every = special.evidence_slope_second(pairs, weight) if shared is None else shared
             every.addcmul_(q, total_second[part], value=-1).mul_(by_evidence[part])
             grad_second[part] = every.addcmul_(q.mul_(change.delta), by_shape[part])
-    return [g if g is None else g.view(first.shape) for g in (grad_first, grad_second)]
-
-
-def _as_rows(logits: Tensor) -> Tensor:
-    return logits.reshape(-1, logits.shape[-1])
+    return grad_first, grad_second

@@ -42,8 +42,20 @@ def _may_look(t: Tensor) -> bool:
         t.device.type == "cpu"
         and t.numel() > 0
         and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        and not is_wrapped(t)
     )
+
+
+def is_wrapped(*tensors: Tensor) -> bool:
+    """Return whether a transform of ``torch.func`` is at work on one of the tensors."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return any(map(functorch.is_functorch_wrapped_tensor, tensors))
+
+
+def is_differentiated(*tensors: Tensor) -> bool:
+    """Return whether ``torch.func`` takes a derivative in one of the tensors."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return any(map(functorch.is_gradtrackingtensor, tensors))
 
 
 def largest(t: Tensor) -> float:
@@ -63,6 +75,19 @@ def smallest(t: Tensor) -> float:
     return -math.inf if math.isnan(low) else low
 
 
+def bernoulli_numbers(smallest: float, dtype: torch.dtype) -> tuple[float, ...]:
+    """Return those that matter from ``ln a = smallest`` on: each term is x^-2 of the one before."""
+    numbers = _BERNOULLI[dtype]
+    resolution = math.log(8 * torch.finfo(dtype).eps)
+    sizes = (-math.log(6) - smallest * (2 * n + 1) for n in range(len(numbers)))
+    return numbers[: sum(size > resolution for size in sizes)]
+
+
+def is_large(smallest: float, dtype: torch.dtype) -> bool:
+    """Return whether no Bernoulli number matters from ``ln a = smallest`` on."""
+    return not bernoulli_numbers(smallest, dtype)
+
+
 class Pairs:
     """Pairs of concentrations (a, b): their gaps ``d = ln b - ln a``, and ``ln a - shift = x``.
 
@@ -77,11 +102,8 @@ class Pairs:
 
     @property
     def bernoulli(self) -> tuple[float, ...]:
-        """The Bernoulli numbers that matter: each term is about x^-2 of the one before."""
-        numbers = _BERNOULLI[self.d.dtype]
-        resolution = math.log(8 * torch.finfo(self.d.dtype).eps)
-        sizes = (-math.log(6) - self.smallest * (2 * n + 1) for n in range(len(numbers)))
-        return numbers[: sum(size > resolution for size in sizes)]
+        """The Bernoulli numbers that matter."""
+        return bernoulli_numbers(self.smallest, self.d.dtype)
 
     @property
     def large(self) -> bool:
@@ -134,13 +156,13 @@ def _coefficients(bound: float, dtype: torch.dtype, device: torch.device) -> tup
     key = (bound, dtype, device)
     if key in _cached_coefficients:
         return _cached_coefficients[key]
-    tensors = torch.tensor(_economized(bound, dtype), dtype=dtype, device=device).unbind()
+    tensors = torch.tensor(economized(bound, dtype), dtype=dtype, device=device).unbind()
     if type(tensors[0]) is Tensor:  # not one that a compiler is tracing with
         _cached_coefficients[key] = tensors
     return tensors
 
 
-def _economized(bound: float, dtype: torch.dtype) -> tuple[float, ...]:
+def economized(bound: float, dtype: torch.dtype) -> tuple[float, ...]:
     r"""Return a polynomial for :math:`(e^t - 1 - t)/t^2` as short as the dtype allows.
 
     The Taylor polynomial in :math:`t/\mathtt{bound}`, written in Chebyshev polynomials, loses those

@@ -33,6 +33,7 @@ from calibclip.losses.evidential import (
     edl_loss,
     prior_network_loss,
 )
+from calibclip.losses.linear_align import linear_dirichlet_align
 from calibclip.losses.regularizers import (
     FAPLoss,
     FAPTerms,
@@ -76,6 +77,7 @@ __all__ = [
     "edl_loss",
     "fap_loss",
     "fare_loss",
+    "linear_dirichlet_align",
     "pmg_aft_loss",
     "prior_network_loss",
     "simclip_loss",

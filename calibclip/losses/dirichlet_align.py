@@ -102,14 +102,14 @@ def dirichlet_align_terms(
         detach_ref=detach_ref,
         reduction=reduction,
     )
-    _check_one_weight(weight, relative_weight)
+    check_one_weight(weight, relative_weight)
     if detach_ref:
         logits_ref = logits_ref.detach()
 
     # KL / mean alpha_0(ref) has ordinary size whatever T, C and the model's cosines are, while
     # alpha_0 itself may not fit float32; so that ratio is what the kernel computes.
-    log_mean_strength = _log_mean_strength(logits_ref.detach(), logit_scale, temperature)
-    log_effective_weight = log_mean_strength.clone()
+    log_mean = log_mean_strength(log_strength(logits_ref.detach(), logit_scale, temperature))
+    log_effective_weight = log_mean.clone()
     if relative_weight is not None:
         log_effective_weight.fill_(_log(relative_weight))
     else:
@@ -119,7 +119,7 @@ def dirichlet_align_terms(
         *pair,
         scale=1 / (logit_scale * temperature),
         shift=1 / temperature,
-        log_weight=-log_mean_strength,
+        log_weight=-log_mean,
         impl=impl,
     )
     effective_weight = log_effective_weight.exp()
@@ -128,7 +128,7 @@ def dirichlet_align_terms(
         cross_entropy = torch.zeros_like(aligned)
     else:
         cross_entropy = cross_entropies(upcast, target)
-    mean_strength = log_mean_strength.exp()
+    mean_strength = log_mean.exp()
     wide = (part.to(mean_strength.dtype) for part in (shape, evidence))
     shape, evidence = (torch.where(part == 0, part, part * mean_strength) for part in wide)
     return AlignTerms(
@@ -265,7 +265,7 @@ class DirichletAlignLoss(LossModule):
             reduction=reduction,
             impl=impl,
         )
-        _check_one_weight(weight, relative_weight)
+        check_one_weight(weight, relative_weight)
 
     @classmethod
     def official(cls, logit_scale: float = 100.0) -> DirichletAlignLoss:
@@ -289,10 +289,15 @@ def _log(weight: float) -> float:
     return math.log(weight) if weight > 0 else -math.inf
 
 
-def _log_mean_strength(logits_ref: Tensor, logit_scale: float, temperature: float) -> Tensor:
-    r"""Return the logarithm of the batch mean of :math:`\alpha_0(\mathrm{ref})`, 0-d."""
-    rows = log_strength(logits_ref, logit_scale, temperature)
-    # A row of NaN or infinite logits spoils its own loss only, not the scale of the others.
+def log_mean_strength(rows: Tensor) -> Tensor:
+    r"""Return the logarithm of the mean of :math:`\alpha_0(\mathrm{ref})` over a batch.
+
+    Args:
+        rows: ``log_strength`` of each row, ``(B,)``.
+
+    Returns:
+        0-d. A row of NaN or infinite logits spoils its own loss only, not the scale of the others.
+    """
     rows = rows.masked_fill(~(rows < math.inf), -math.inf)
     return torch.logsumexp(rows, 0) - math.log(max(1, len(rows)))
 
@@ -308,13 +313,25 @@ def log_strength(logits: Tensor, logit_scale: float, temperature: float) -> Tens
     Returns:
         Shape ``(B,)``, in the widest dtype the device has.
     """
-    # 1/T is added at the end, in the wide dtype: in float32 it would blur all that is smaller.
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    scaled = logits.to(dtype) / (logit_scale * temperature)
-    return torch.logsumexp(scaled, -1).to(scalar_dtype(logits.device)) + 1 / temperature
+    # What is large, 1/T and the largest logit, is added at the end, in the wide dtype: in float32
+    # it would blur all that is smaller.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top = logits.amax(-1, keepdim=True)
+    relative = torch.logsumexp((logits - top) * (1 / (logit_scale * temperature)), -1)
+    dtype = scalar_dtype(logits.device)
+    return (
+        relative.to(dtype)
+        + top.squeeze(-1).to(dtype) / (logit_scale * temperature)
+        + 1 / temperature
+    )
 
 
-def _check_one_weight(weight: float | None, relative_weight: float | None) -> None:
+def check_one_weight(weight: float | None, relative_weight: float | None) -> None:
+    """Refuse two weights, of which one would have no effect.
+
+    Raises:
+        ValueError: Both are given.
+    """
     if weight is not None and relative_weight is not None:
         got = f"weight={weight!r} and relative_weight={relative_weight!r}"
         raise ValueError(wrong("weight", "weight or relative_weight, not both", got))

@@ -1,0 +1,287 @@
+r"""The paper's objective from features, without the B×C matrix of logits ever in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from calibclip._checks import (
+    check_choice,
+    check_count,
+    check_floating,
+    check_same_device,
+    check_same_shape,
+    check_target,
+    describe,
+    wrong,
+)
+from calibclip._kernels import dirichlet_kl_gradient, scalar_dtype
+from calibclip._kernels.dispatch import Implementation
+from calibclip._kernels.once import once_only
+from calibclip.losses._shell import Direction, check_options
+from calibclip.losses.dirichlet_align import (
+    check_one_weight,
+    log_mean_strength,
+    log_strength,
+    paper_log_weight,
+)
+
+# Cosines of a chunk, unless its rows are given: three such matrices exist at a time.
+_CHUNK = 1 << 21
+
+
+class _Options(NamedTuple):
+    logit_scale: float
+    temperature: float
+    relative_weight: float | None
+    weight: float | None
+    direction: Direction
+    mean: bool
+    rows: int
+    impl: Implementation
+
+
+def linear_dirichlet_align(
+    features_adv: Tensor,
+    features_ref: Tensor,
+    text_features: Tensor,
+    target: Tensor | None = None,
+    *,
+    text_features_ref: Tensor | None = None,
+    logit_scale: float = 100.0,
+    temperature: float = 0.07,
+    weight: float | None = None,
+    relative_weight: float | None = None,
+    direction: Direction = "reverse",
+    reduction: Literal["mean", "sum"] = "mean",
+    chunk_rows: int | None = None,
+    impl: Implementation = "auto",
+) -> Tensor:
+    r"""``dirichlet_align_loss`` of the cosines of features, a few rows at a time.
+
+    .. math::
+        \mathcal{L} = \mathrm{CE}(s\,c_{\mathrm{adv}}, y)
+            + \lambda\, \mathrm{KL}\big(\mathrm{Dir}(\alpha_{\mathrm{adv}}) \,\|\,
+                                        \mathrm{Dir}(\alpha_{\mathrm{ref}})\big),
+        \qquad c_{ik} = \frac{\langle f_i, t_k\rangle}{\lVert f_i\rVert\,\lVert t_k\rVert}
+
+    For many classes: at B = 4,096 and C = 21,841 each B×C matrix takes 340 MiB, and the loss of
+    logits needs three. Here the gradients in the features are computed together with the loss,
+    chunk by chunk, so that backward only scales them. Products and sums are in float32, also for
+    features in half precision, under autocast, and next to a lowered
+    ``torch.set_float32_matmul_precision``.
+
+    Args:
+        features_adv: Trained model's features of the attacked images, ``(B, D)``, any length.
+        features_ref: Frozen model's features of the clean images, ``(B, D)``, not differentiated.
+        text_features: One text per class, ``(C, D)``, any length. If it requires a gradient, its
+            normalized copy and a gradient of its size are kept as well.
+        target: Class indices, ``(B,)``, int64. ``None``: the KL part alone.
+        text_features_ref: The frozen model's, ``(C, D)``, not differentiated; ``None`` takes
+            ``text_features``.
+        logit_scale: s > 0 of the cross-entropy.
+        temperature: T > 0.
+        weight: :math:`\lambda \ge 0`; ``None`` is the paper's :math:`10^5/(1 + e^{2/T})`.
+        relative_weight: As for ``dirichlet_align_loss``. The mean of :math:`\alpha_0` takes one
+            more product of the reference's features.
+        direction: ``"reverse"`` or ``"forward"``, as for ``dirichlet_align_loss``.
+        reduction: ``"mean"`` or ``"sum"`` over the batch.
+        chunk_rows: Images at a time; ``None`` takes as many as make two million cosines.
+        impl: As for ``dirichlet_kl``, ``"torch_distributions"`` excepted.
+
+    Returns:
+        0-d, float32 (float64 for float64 features or ``impl="reference"``). Equal to
+        ``dirichlet_align_loss`` of ``logit_scale`` times the cosines but for rounding. A second
+        derivative raises ``RuntimeError``.
+
+    Raises:
+        TypeError: Features that are not floating-point tensors, a target that is not int64.
+        ValueError: Shapes or devices that differ, labels out of range (checked on a CPU only), an
+            option out of range, both weights given.
+
+    Example:
+        >>> from calibclip import cosine_similarity, dirichlet_align_loss
+        >>> image, ref = torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]])
+        >>> linear_dirichlet_align(image, ref, torch.eye(2), relative_weight=1.0)
+        tensor(2.5468)
+        >>> logits, logits_ref = (cosine_similarity(x, torch.eye(2)) for x in (image, ref))
+        >>> dirichlet_align_loss(logits, logits_ref, logit_scale=1.0, relative_weight=1.0)
+        tensor(2.5468)
+
+    References:
+        Lu et al. (2025), https://arxiv.org/abs/2512.12997: the training objective. Computing a
+        loss's gradient in forward, in chunks of rows: Hsu et al. (2024), "Liger Kernel",
+        https://arxiv.org/abs/2410.10989.
+    """
+    _check_features(features_adv, features_ref, text_features, text_features_ref)
+    if target is not None:
+        check_target(target, len(features_adv), len(text_features), features_adv.device)
+    check_options(
+        "weight",
+        "relative_weight",
+        logit_scale=logit_scale,
+        temperature=temperature,
+        weight=weight,
+        relative_weight=relative_weight,
+        direction=direction,
+        impl=impl,
+    )
+    check_choice("reduction", reduction, ("mean", "sum"))
+    if impl == "torch_distributions":
+        raise ValueError(wrong("impl", "an exact implementation", repr(impl), 'use "auto"'))
+    check_one_weight(weight, relative_weight)
+    rows = max(1, _CHUNK // max(1, len(text_features)))
+    if chunk_rows is not None:
+        check_count("chunk_rows", chunk_rows, at_least=1)
+        rows = chunk_rows
+    dtype = torch.promote_types(features_adv.dtype, torch.float32)
+    dtype = torch.promote_types(dtype, text_features.dtype)
+    options = _Options(
+        logit_scale,
+        temperature,
+        relative_weight,
+        weight,
+        direction,
+        reduction == "mean",
+        rows,
+        impl,
+    )
+    text_ref = text_features if text_features_ref is None else text_features_ref
+    with torch.autocast(features_adv.device.type, enabled=False):
+        image = F.normalize(features_adv.to(dtype), dim=-1)
+        ref = F.normalize(features_ref.detach().to(dtype), dim=-1)
+        text = text_features
+        if text.requires_grad:
+            text = F.normalize(text.to(dtype), dim=-1)
+        return _LinearAlign.apply(image, ref, text, text_ref.detach(), target, options)
+
+
+def _check_features(
+    features_adv: Tensor, features_ref: Tensor, text: Tensor, text_ref: Tensor | None
+) -> None:
+    check_floating("features_adv", features_adv, shape="(B, D)", ndim=2)
+    check_floating("features_ref", features_ref, shape="(B, D)", ndim=2)
+    check_floating("text_features", text, shape="(C, D)", ndim=2)
+    check_same_shape("features_ref", features_ref, "features_adv", features_adv)
+    if text.shape[1] != features_adv.shape[1]:
+        expected = f"features of size {features_adv.shape[1]}, as features_adv"
+        raise ValueError(wrong("text_features", expected, describe(text)))
+    check_same_device("text_features", text, "features_adv", features_adv)
+    if text_ref is not None:
+        check_floating("text_features_ref", text_ref, shape="(C, D)", ndim=2)
+        check_same_shape("text_features_ref", text_ref, "text_features", text)
+
+
+class _Texts:
+    """The classes' side of the products; the texts are copied only to change their dtype."""
+
+    def __init__(self, text: Tensor, dtype: torch.dtype) -> None:
+        norms = torch.linalg.vector_norm(text, dim=-1, dtype=dtype)
+        self.inverse = 1 / norms.clamp(min=1e-12)
+        # A lowered precision of matrix products must not reach the cosines.
+        exact = torch.float64 if torch.get_float32_matmul_precision() != "highest" else dtype
+        self.text, self.dtype = text.to(exact), dtype
+
+    def cosines(self, image: Tensor) -> Tensor:
+        return (image.to(self.text.dtype) @ self.text.T).to(self.dtype).mul_(self.inverse)
+
+    def to_images(self, gradient: Tensor) -> Tensor:
+        return (gradient.mul_(self.inverse).to(self.text.dtype) @ self.text).to(self.dtype)
+
+
+class _LinearAlign(torch.autograd.Function):
+    """(image, ref, text, text_ref, target, options) -> loss; images have unit length."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: Tensor,
+        ref: Tensor,
+        text: Tensor,
+        text_ref: Tensor,
+        target: Tensor | None,
+        options: _Options,
+    ) -> Tensor:
+        """Compute the loss and the gradients that are needed."""
+        need_image, _, need_text, *_ = ctx.needs_input_grad
+        texts = _Texts(text, image.dtype)
+        texts_ref = texts if text_ref.data_ptr() == text.data_ptr() else _Texts(text_ref, ref.dtype)
+        log_weight = _log_weight(ref, texts_ref, options)
+        wide = scalar_dtype(image.device)
+        total = torch.zeros((), dtype=wide, device=image.device)
+        grad_image = torch.empty_like(image) if need_image else None
+        grad_text = torch.zeros_like(texts.text, dtype=image.dtype) if need_text else None
+        for part in _chunks(len(image), options.rows):
+            cosines = texts.cosines(image[part])
+            values, gradient = dirichlet_kl_gradient(
+                cosines,
+                texts_ref.cosines(ref[part]),
+                scale=1 / options.temperature,
+                shift=1 / options.temperature,
+                log_weight=log_weight,
+                reverse=options.direction == "reverse",
+                impl=options.impl,
+            )
+            total += values.sum(dtype=wide)
+            if target is not None:
+                total += _add_cross_entropy(cosines, target[part], options.logit_scale, gradient)
+            if grad_text is not None:
+                grad_text.addmm_(gradient.T, image[part])
+            if grad_image is not None:
+                grad_image[part] = texts.to_images(gradient)
+        if options.mean:
+            total /= len(image)
+            for grad in (grad_image, grad_text):
+                if grad is not None:
+                    grad /= max(1, len(image))
+        ctx.save_for_backward(grad_image, grad_text, image, text)
+        return total if options.impl == "reference" else total.to(image.dtype)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Scale the gradients that forward has computed."""
+        *kept, image, text = ctx.saved_tensors
+        grads = [g if g is None else g * grad for g in kept]
+        remedy = 'dirichlet_align_loss(..., impl="torch_distributions") has one'
+        grad_image, grad_text = once_only(grads, (image, text, grad), remedy)
+        return grad_image, None, grad_text, None, None, None
+
+
+def _chunks(rows: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(rows, start + size)) for start in range(0, rows, size))
+
+
+def _log_weight(ref: Tensor, texts: _Texts, options: _Options) -> Tensor:
+    """Return the logarithm of the KL's weight, 0-d."""
+    if options.relative_weight is None:
+        log_weight = paper_log_weight(options.temperature)
+        if options.weight is not None:
+            log_weight = math.log(options.weight) if options.weight > 0 else -math.inf
+        return torch.full((), log_weight, dtype=scalar_dtype(ref.device), device=ref.device)
+    strengths = [
+        log_strength(texts.cosines(ref[part]), 1.0, options.temperature)
+        for part in _chunks(len(ref), options.rows)
+    ]
+    weight = options.relative_weight
+    mean = log_mean_strength(torch.cat(strengths)) if strengths else ref.new_zeros(())
+    return (math.log(weight) if weight > 0 else -math.inf) - mean.to(scalar_dtype(ref.device))
+
+
+def _add_cross_entropy(
+    cosines: Tensor, target: Tensor, logit_scale: float, gradient: Tensor
+) -> Tensor:
+    """Return the sum of the cross-entropies and add its gradient; overwrites the cosines."""
+    log_probs = torch.log_softmax(cosines.mul_(logit_scale), -1)
+    chosen = target[:, None]
+    total = -log_probs.gather(-1, chosen).sum(dtype=scalar_dtype(cosines.device))
+    gradient.add_(log_probs.exp_(), alpha=logit_scale)
+    minus = torch.full_like(chosen, -logit_scale, dtype=gradient.dtype)
+    gradient.scatter_add_(-1, chosen, minus)
+    return total
