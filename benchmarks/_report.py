@@ -19,15 +19,18 @@ def table(header: list[str], rows: list[list[str]]) -> None:
     print()
 
 
-def machine() -> str:
-    """Name the processor, the threads and the versions."""
+def machine(device: str = "cpu") -> str:
+    """Name the processor or the card, and the versions."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         processor = names[0] if names else processor
+    processor = f"{processor}, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        processor = f"{torch.cuda.get_device_name()}; {processor}"
     return (
-        f"{processor}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, calibclip {calibclip.__version__}"
+        f"{processor}; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"calibclip {calibclip.__version__}"
     )

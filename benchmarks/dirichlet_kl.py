@@ -1,8 +1,8 @@
 """Accuracy, speed and memory of the Dirichlet KL, and what it weighs, as Markdown tables.
 
-    python benchmarks/dirichlet_kl.py [--quick]
+    python benchmarks/dirichlet_kl.py [--device cuda] [--quick]
 
-Compares calibclip's closed form with what published code does: ``kl_divergence`` of two
+Compares the implementations with what published code does: ``kl_divergence`` of two
 ``torch.distributions.Dirichlet``, with their default validation. Speed is not reported unless the
 accuracy is what the package promises.
 """
@@ -10,40 +10,55 @@ accuracy is what the package promises.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from _report import machine, table
+from _timing import (
+    calls,
+    copy_bandwidth,
+    device_times,
+    peak_bytes,
+    peak_on_device,
+    ratio,
+    spread,
+)
 from torch import Tensor
 from torch.distributions import Dirichlet, kl_divergence
-from torch.profiler import ProfilerActivity, profile
 
 import calibclip
 
 TABLES = Path(__file__).resolve().parents[1] / "tests" / "golden" / "dirichlet_kl.npz"
 CLASSES = (2, 10, 200, 1000)
 BOUND = 5e-6
-SIZES = ((64, 200), (256, 1000), (1024, 1000))
+SIZES = {
+    "cpu": [(batch, classes) for classes in (10, 100, 1000, 21841) for batch in (64, 256, 1024)],
+    "cuda": [(256, 1000), (1024, 1000), (4096, 1000), (4096, 8192), (4096, 21841)],
+}
 THREADS = 2
+# Matrices that forward and backward of a fused form read and write: 2 and 2, 1 of them written.
+SWEEPS = 5
 
 KL = Callable[[Tensor, Tensor], Tensor]
 
 
-def published(log_alpha: Tensor, log_beta: Tensor) -> Tensor:
-    return kl_divergence(Dirichlet(log_alpha.exp()), Dirichlet(log_beta.exp()))
+def published(log_alpha: Tensor, log_beta: Tensor, validate: bool | None = None) -> Tensor:
+    alpha, beta = log_alpha.exp(), log_beta.exp()
+    return kl_divergence(
+        Dirichlet(alpha, validate_args=validate), Dirichlet(beta, validate_args=validate)
+    )
 
 
-PROVIDERS: dict[str, KL] = {
-    "closed form": calibclip.dirichlet_kl,
-    "torch.distributions": published,
-}
+def providers(device: str) -> dict[str, KL]:
+    """Return ours, the published one last; the first of ours is what is chosen by itself."""
+    names = ("triton", "compile", "eager") if device == "cuda" else ("eager", "compile")
+    ours: dict[str, KL] = {name: partial(calibclip.dirichlet_kl, impl=name) for name in names}
+    return ours | {"torch.distributions": published}
 
 
 # Accuracy
@@ -58,37 +73,41 @@ def relative_error(got: Tensor, want: np.ndarray) -> float:
     return error if error == error else np.inf
 
 
-def row_errors(kl: KL, name: int, row: int, tables: dict[str, np.ndarray]) -> tuple[float, float]:
-    """Return the errors of one row's KL and of the worse of its two gradients."""
+def errors(kl: KL, name: int, tables: dict[str, np.ndarray], device: str) -> list[list[float]]:
+    """Return the errors of every row's KL and of the worse of its two gradients."""
     log_alpha, log_beta = (
-        torch.from_numpy(tables[f"{argument}_{name}"][row]).unsqueeze(0).requires_grad_()
+        torch.from_numpy(tables[f"{argument}_{name}"]).to(device).requires_grad_()
         for argument in ("log_alpha", "log_beta")
     )
     value = kl(log_alpha, log_beta)
     grads = torch.autograd.grad(value.sum(), (log_alpha, log_beta))
-    worst = max(
-        relative_error(grad[0], tables[f"{argument}_{name}"][row])
-        for grad, argument in zip(grads, ("grad_alpha", "grad_beta"), strict=True)
-    )
-    return relative_error(value.detach(), tables[f"kl_{name}"][row : row + 1]), worst
+    value, *grads = (found.detach().cpu() for found in (value, *grads))
+    return [
+        [
+            relative_error(value[row : row + 1], tables[f"kl_{name}"][row : row + 1]),
+            max(
+                relative_error(grad[row], tables[f"{argument}_{name}"][row])
+                for grad, argument in zip(grads, ("grad_alpha", "grad_beta"), strict=True)
+            ),
+        ]
+        for row in range(len(value))
+    ]
 
 
-def accuracy() -> bool:
-    """Print the worst relative errors by case; return whether the closed form keeps its bound."""
+def accuracy(device: str) -> bool:
+    """Print the worst relative errors by case; return whether all of ours keep their bound."""
     with np.load(TABLES) as archive:
         tables = dict(archive)
     worst: dict[tuple[str, str, str], list[float]] = {}
+    everyone = providers(device)
     for name in CLASSES:
+        found = np.hstack([errors(kl, name, tables, device) for kl in everyone.values()])
         for row, kind in enumerate(tables[f"kind_{name}"]):
             temperature, sd = tables[f"temperature_{name}"][row], tables[f"sd_{name}"][row]
             clip = kind == "clip"
             case = ("CLIP-like", f"{temperature:g}", f"{sd:g}") if clip else (str(kind), "", "")
-            found = [
-                error for kl in PROVIDERS.values() for error in row_errors(kl, name, row, tables)
-            ]
-            worst[case] = [
-                max(pair) for pair in zip(worst.get(case, [0.0] * 4), found, strict=True)
-            ]
+            before = worst.get(case, [0.0] * found.shape[1])
+            worst[case] = [max(pair) for pair in zip(before, found[row], strict=True)]
 
     print("## Accuracy in float32\n")
     print(
@@ -97,26 +116,30 @@ def accuracy() -> bool:
         f"cosines. Bound: {BOUND:g}.\n"
     )
     header = ["case", "T", "sd"]
-    header += [f"{provider}, {what}" for provider in PROVIDERS for what in ("KL", "gradient")]
+    header += [f"{provider}, {what}" for provider in everyone for what in ("KL", "gradient")]
     table(
         header, [[*case, *(f"{error:.1e}" for error in errors)] for case, errors in worst.items()]
     )
-    missed = [" ".join(case).strip() for case, errors in worst.items() if max(errors[:2]) > BOUND]
+    missed = [" ".join(case).strip() for case, errors in worst.items() if max(errors[:-2]) > BOUND]
     for case in missed:
-        print(f"**The closed form misses its bound: {case}.**\n")
+        print(f"**One of ours misses its bound: {case}.**\n")
     return not missed
 
 
 # Speed and memory
 
 
-def clip_like(batch: int, n_classes: int) -> tuple[Tensor, Tensor]:
+def clip_like(
+    batch: int, n_classes: int, device: str, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Return log alpha of attacked images, which requires a gradient, and of clean ones."""
-    rng = torch.Generator().manual_seed(0)
-    reference = 0.2 + 0.05 * torch.randn(batch, n_classes, generator=rng)
-    adversarial = reference + 0.03 * torch.randn(batch, n_classes, generator=rng)
+    rng = torch.Generator(device).manual_seed(0)
+    reference = torch.randn(batch, n_classes, generator=rng, device=device).mul_(0.05).add_(0.2)
+    adversarial = torch.randn(batch, n_classes, generator=rng, device=device)
+    adversarial.mul_(0.03).add_(reference)
     log_alpha, log_beta = (
-        calibclip.log_concentration(cosine.clamp(-1, 1)) for cosine in (adversarial, reference)
+        calibclip.log_concentration(cosine.clamp_(-1, 1)).to(dtype)
+        for cosine in (adversarial, reference)
     )
     return log_alpha.requires_grad_(), log_beta
 
@@ -126,26 +149,12 @@ def step(kl: KL, log_alpha: Tensor, log_beta: Tensor) -> Tensor:
     return torch.autograd.grad(kl(log_alpha, log_beta).mean(), log_alpha)[0]
 
 
-def seconds(batch: int, n_classes: int, samples: int) -> dict[str, np.ndarray]:
-    """Time the providers in turn, so that whatever slows the machine slows them alike."""
-    inputs = clip_like(batch, n_classes)
-    times: dict[str, list[float]] = {name: [] for name in PROVIDERS}
-    for sample in range(samples + 5):  # 5 to warm up
-        for name, kl in PROVIDERS.items():
-            start = time.perf_counter()
-            step(kl, *inputs)
-            if sample >= 5:
-                times[name].append(time.perf_counter() - start)
-    return {name: np.array(values) for name, values in times.items()}
-
-
-def saved_matrices(kl: KL, batch: int, n_classes: int) -> int:
+def saved_matrices(kl: KL, inputs: tuple[Tensor, Tensor]) -> int:
     """Count the BxC storages kept for backward, the inputs' own aside."""
-    inputs = clip_like(batch, n_classes)
     kept: dict[int, Tensor] = {}  # holds the tensors: a storage's address must not be used again
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.numel() >= batch * n_classes:
+        if tensor.numel() >= inputs[0].numel() and tensor.shape[-1] == inputs[0].shape[-1]:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
@@ -154,53 +163,73 @@ def saved_matrices(kl: KL, batch: int, n_classes: int) -> int:
     return len(kept.keys() - {values.untyped_storage().data_ptr() for values in inputs})
 
 
-def peak_bytes(kl: KL, batch: int, n_classes: int) -> int:
-    """Return the most that was allocated at once beyond the inputs, from the profiler's record."""
-    inputs = clip_like(batch, n_classes)
-    step(kl, *inputs)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step(kl, *inputs)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    changes = [event for event in events if event["name"] == "[memory]"]
-    changes.sort(key=lambda event: event["ts"])
-    totals = np.cumsum([event["args"]["Bytes"] for event in changes])
-    return int(totals.max())
-
-
-def speed(sizes: tuple[tuple[int, int], ...], samples: int) -> None:
+def speed(device: str, samples: int, quick: bool) -> None:
     """Print time, saved matrices and peak memory of forward and backward."""
     print("## Speed and memory, forward and backward, float32\n")
     print(
-        f"CLIP-like cosines at T = 0.07, differences of sd 0.03. {samples} interleaved samples "
-        "after warm-up. Times are comparable within one run only: read the ratio, the median of "
-        "the ratios between neighbouring samples. Saved: BxC storages kept for backward beyond "
-        "the inputs (saved_tensors_hooks). Peak: most bytes allocated at once beyond the inputs, "
-        "gradient included, summed from every allocation and release that the profiler records.\n"
+        "CLIP-like cosines at T = 0.07, differences of sd 0.03. Interleaved samples after warm-up, "
+        "median and 20th to 80th percentile. Times are comparable within one run only: read the "
+        "speed-up, the median of the ratios to torch.distributions between neighbouring samples. "
+        "Saved: BxC storages kept for backward beyond the inputs (saved_tensors_hooks). Peak: most "
+        "bytes allocated at once beyond the inputs, gradient included, in BxC matrices.\n"
     )
-    header = ["BxC", "", "median ms", "p20-p80 ms", "speed-up", "saved BxC", "peak MiB", "in BxC"]
+    header = ["BxC", "", "call, ms", "speed-up", "saved BxC", "peak, BxC"]
     rows: list[list[str]] = []
-    for batch, n_classes in sizes:
-        times = seconds(batch, n_classes, samples)
-        for name, kl in PROVIDERS.items():
-            low, median, high = 1e3 * np.percentile(times[name], [20, 50, 80])
-            ratio = np.median(times["torch.distributions"] / times[name])
-            peak = peak_bytes(kl, batch, n_classes)
+    for batch, n_classes in SIZES[device][: 4 if quick else None]:
+        inputs = clip_like(batch, n_classes, device)
+        everyone = providers(device)
+        steps = {name: partial(step, kl, *inputs) for name, kl in everyone.items()}
+        large = batch * n_classes > 1 << 22
+        times = calls(steps, device, samples=max(5, samples // 8) if large else samples)
+        for name, kl in everyone.items():
+            peak = peak_on_device(steps[name]) if device == "cuda" else peak_bytes(steps[name])
             rows.append(
                 [
                     f"{batch}x{n_classes}",
                     name,
-                    f"{median:.2f}",
-                    f"{low:.2f}-{high:.2f}",
-                    f"{ratio:.1f}",
-                    f"{saved_matrices(kl, batch, n_classes)}",
-                    f"{peak / 2**20:.2f}",
-                    f"{peak / (4 * batch * n_classes):.1f}",
+                    spread(times[name]),
+                    f"{ratio(times['torch.distributions'], times[name]):.2f}",
+                    f"{saved_matrices(kl, inputs)}",
+                    f"{peak / (4 * batch * n_classes):.2f}",
                 ]
             )
     table(header, rows)
+
+
+def bandwidth() -> None:
+    """Print what share of the device's own copy bandwidth the fused forms reach."""
+    copy = copy_bandwidth()
+    print("## Time on the device alone\n")
+    print(
+        f"The host ahead of the device, cold L2 cache, validation off. Bandwidth: {SWEEPS} BxC "
+        f"matrices read or written in forward and backward, of a copy's {copy / 1e12:.2f} TB/s.\n"
+    )
+    rows: list[list[str]] = []
+    ours = {name: kl for name, kl in providers("cuda").items() if name in ("triton", "eager")}
+    everyone = ours | {"torch.distributions": partial(published, validate=False)}
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch, n_classes in SIZES["cuda"]:
+            inputs = clip_like(batch, n_classes, "cuda", dtype)
+            steps = {
+                name: partial(step, kl, *inputs)
+                for name, kl in everyone.items()
+                if dtype == torch.float32 or name == "triton"
+            }
+            times = device_times(steps, samples=20)
+            for name in steps:
+                moved = SWEEPS * inputs[0].nbytes / np.median(times[name])
+                slow = times.get("torch.distributions")
+                rows.append(
+                    [
+                        f"{batch}x{n_classes}",
+                        str(dtype).removeprefix("torch."),
+                        name,
+                        spread(times[name]),
+                        "" if slow is None else f"{ratio(slow, times[name]):.1f}",
+                        f"{moved / copy:.0%}" if name == "triton" else "",
+                    ]
+                )
+    table(["BxC", "dtype", "", "device, ms", "speed-up", "of copy bandwidth"], rows)
 
 
 # What the loss weighs
@@ -243,24 +272,25 @@ def weighs() -> None:
     table(["quantity", "value"], [list(line) for line in lines])
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="only the two smaller sizes")
-    arguments = parser.parse_args()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="only the smaller sizes")
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(THREADS)
-    print(f"# Dirichlet KL\n\n{machine()}\n")
+    print(f"# Dirichlet KL\n\n{machine(arguments.device)}\n")
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 1:
         print(
             f"**Load average {os.getloadavg()[0]:.1f}: the machine is busy. Threads that wait for "
             "one another make times meaningless then.**\n"
         )
-    if not accuracy():
+    if not accuracy(arguments.device):
         sys.exit("No speed is reported for a wrong result.")
-    if arguments.quick:
-        speed(SIZES[:2], samples=30)
+    speed(arguments.device, 24, arguments.quick)
+    if arguments.device == "cuda":
+        bandwidth()
     else:
-        speed(SIZES, samples=50)
-    weighs()
+        weighs()
 
 
 if __name__ == "__main__":

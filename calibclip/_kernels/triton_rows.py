@@ -135,7 +135,6 @@ def _sum_rows(
     cancels = (over_d < 0.1 * (level + tl.abs(slope))) | (tl.abs(centre) > 16)
 
     wide = (spread >= _SPREAD) | (growth >= _GROWTH)
-    special = cancels | wide | (smallest < _LARGE)
     out = stats + row * STATS
     tl.store(out, top.to(tl.float64))
     tl.store(out + 1, total.to(tl.float64))
@@ -147,7 +146,7 @@ def _sum_rows(
     tl.store(out + 6, smallest.to(tl.float64))
     tl.store(out + 7, wide.to(tl.float64))
     tl.store(out + 8, 0.5 * over_d.to(tl.float64) * tl.exp(tl.load(log_weight).to(tl.float64)))
-    if special:
+    if cancels | wide | (smallest < _LARGE):
         _sum_special_row(
             first,
             second,
@@ -164,7 +163,6 @@ def _sum_rows(
             mean,
             smallest,
             wide,
-            cancels,
             scale,
             scale_low,
             shift,
@@ -190,7 +188,6 @@ def _sum_special_row(
     mean,
     smallest,
     wide,
-    cancels,
     scale,
     scale_low,
     shift,
@@ -354,8 +351,12 @@ def _backward(
     smallest, wide = tl.load(kept + 6), tl.load(kept + 7) > 0
     v_top, q_total = tl.load(kept + 9).to(tl.float32), tl.load(kept + 10)
     upstream_shape = tl.load(grad_shape + row).to(tl.float64)
-    by_shape = tl.where(upstream_shape == 0, 0.0, upstream_shape * s * strength).to(tl.float32)
+    by_shape = tl.where(upstream_shape == 0, 0.0, upstream_shape * s * strength)
+    # Finite, so that equal predictions have no gradient even where the evidence overflows.
+    by_shape = tl.where(by_shape > 3.4e38, 3.4e38, by_shape)
+    by_shape = tl.where(by_shape < -3.4e38, -3.4e38, by_shape).to(tl.float32)
     by_evidence = (tl.load(grad_evidence + row).to(tl.float64) * s).to(tl.float32)
+    by_evidence = tl.where(C == 1, 0.0, by_evidence)  # a single class has no divergence
     gap_top32, beyond32 = gap_top.to(tl.float32), beyond.to(tl.float32)
     p_scale, q_scale = (1 / total).to(tl.float32), (1 / q_total).to(tl.float32)
 
@@ -443,17 +444,11 @@ def forward(
     stats = torch.empty(rows, N_STATS, dtype=torch.float64, device=first.device)
     if rows > 0:
         numbers = *_two_floats(scale), *_two_floats(shift)
+        strides = first.stride(0), second.stride(0)
+        launch = _launch(n_classes)
         with torch.cuda.device_of(first):
             _sum_rows[(rows,)](
-                first,
-                second,
-                first.stride(0),
-                second.stride(0),
-                log_weight,
-                stats,
-                n_classes,
-                *numbers,
-                **_launch(n_classes),
+                first, second, *strides, log_weight, stats, n_classes, *numbers, **launch
             )
             _finish[(triton.cdiv(rows, 32),)](
                 stats, log_weight, shape, evidence, rows, *numbers, BLOCK=32, num_warps=1
@@ -480,8 +475,8 @@ def backward(
     ]
     first, second = _unit_columns(first), _unit_columns(second)
     if rows > 0 and any(needs):
-        # A pointer that is not needed is not used.
-        outputs = [first if grad is None else grad for grad in grads]
+        outputs = [first if grad is None else grad for grad in grads]  # not used if not needed
+        upstream = grad_shape.contiguous(), grad_evidence.contiguous()
         with torch.cuda.device_of(first):
             _backward[(rows,)](
                 first,
@@ -489,8 +484,7 @@ def backward(
                 first.stride(0),
                 second.stride(0),
                 log_weight,
-                grad_shape.contiguous(),
-                grad_evidence.contiguous(),
+                *upstream,
                 stats,
                 *outputs,
                 n_classes,

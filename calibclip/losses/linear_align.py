@@ -32,7 +32,7 @@ from calibclip.losses.dirichlet_align import (
 )
 
 # Cosines of a chunk, unless its rows are given: three such matrices exist at a time.
-_CHUNK = 1 << 21
+_CHUNK = 1 << 20
 
 
 class _Options(NamedTuple):
@@ -91,7 +91,7 @@ def linear_dirichlet_align(
             more product of the reference's features.
         direction: ``"reverse"`` or ``"forward"``, as for ``dirichlet_align_loss``.
         reduction: ``"mean"`` or ``"sum"`` over the batch.
-        chunk_rows: Images at a time; ``None`` takes as many as make two million cosines.
+        chunk_rows: Images at a time; ``None`` takes as many as make a million cosines.
         impl: As for ``dirichlet_kl``, ``"torch_distributions"`` excepted.
 
     Returns:
@@ -154,11 +154,12 @@ def linear_dirichlet_align(
     text_ref = text_features if text_features_ref is None else text_features_ref
     with torch.autocast(features_adv.device.type, enabled=False):
         image = F.normalize(features_adv.to(dtype), dim=-1)
-        ref = F.normalize(features_ref.detach().to(dtype), dim=-1)
         text = text_features
         if text.requires_grad:
             text = F.normalize(text.to(dtype), dim=-1)
-        return _LinearAlign.apply(image, ref, text, text_ref.detach(), target, options)
+        return _LinearAlign.apply(
+            image, features_ref.detach(), text, text_ref.detach(), target, options
+        )
 
 
 def _check_features(
@@ -188,14 +189,19 @@ class _Texts:
         self.text, self.dtype = text.to(exact), dtype
 
     def cosines(self, image: Tensor) -> Tensor:
+        """Return the cosines of images of unit length."""
         return (image.to(self.text.dtype) @ self.text.T).to(self.dtype).mul_(self.inverse)
+
+    def cosines_of_any(self, image: Tensor) -> Tensor:
+        """Return the cosines of images of any length."""
+        return self.cosines(F.normalize(image.to(self.dtype), dim=-1))
 
     def to_images(self, gradient: Tensor) -> Tensor:
         return (gradient.mul_(self.inverse).to(self.text.dtype) @ self.text).to(self.dtype)
 
 
 class _LinearAlign(torch.autograd.Function):
-    """(image, ref, text, text_ref, target, options) -> loss; images have unit length."""
+    """(image, ref, text, text_ref, target, options) -> loss; ``image`` has unit length."""
 
     @staticmethod
     def forward(
@@ -210,7 +216,9 @@ class _LinearAlign(torch.autograd.Function):
         """Compute the loss and the gradients that are needed."""
         need_image, _, need_text, *_ = ctx.needs_input_grad
         texts = _Texts(text, image.dtype)
-        texts_ref = texts if text_ref.data_ptr() == text.data_ptr() else _Texts(text_ref, ref.dtype)
+        texts_ref = (
+            texts if text_ref.data_ptr() == text.data_ptr() else _Texts(text_ref, image.dtype)
+        )
         log_weight = _log_weight(ref, texts_ref, options)
         wide = scalar_dtype(image.device)
         total = torch.zeros((), dtype=wide, device=image.device)
@@ -220,7 +228,7 @@ class _LinearAlign(torch.autograd.Function):
             cosines = texts.cosines(image[part])
             values, gradient = dirichlet_kl_gradient(
                 cosines,
-                texts_ref.cosines(ref[part]),
+                texts_ref.cosines_of_any(ref[part]),
                 scale=1 / options.temperature,
                 shift=1 / options.temperature,
                 log_weight=log_weight,
@@ -265,13 +273,13 @@ def _log_weight(ref: Tensor, texts: _Texts, options: _Options) -> Tensor:
         if options.weight is not None:
             log_weight = math.log(options.weight) if options.weight > 0 else -math.inf
         return torch.full((), log_weight, dtype=scalar_dtype(ref.device), device=ref.device)
-    strengths = [
-        log_strength(texts.cosines(ref[part]), 1.0, options.temperature)
-        for part in _chunks(len(ref), options.rows)
-    ]
+    strengths = [torch.zeros(0, dtype=scalar_dtype(ref.device), device=ref.device)]
+    for part in _chunks(len(ref), options.rows):
+        cosines = texts.cosines_of_any(ref[part])
+        strengths.append(log_strength(cosines, 1.0, options.temperature))
     weight = options.relative_weight
-    mean = log_mean_strength(torch.cat(strengths)) if strengths else ref.new_zeros(())
-    return (math.log(weight) if weight > 0 else -math.inf) - mean.to(scalar_dtype(ref.device))
+    log_weight = math.log(weight) if weight > 0 else -math.inf
+    return log_weight - log_mean_strength(torch.cat(strengths))
 
 
 def _add_cross_entropy(
