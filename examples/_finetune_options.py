@@ -94,17 +94,18 @@ FREE_OPTIONS = frozenset(
 )
 
 
-def build_loss(options: argparse.Namespace, logit_scale: float, world_size: int) -> nn.Module:
-    """Build the loss for logits of this scale, and batches shared by so many processes."""
+def build_loss(options: argparse.Namespace, logit_scale: float, shares: int) -> nn.Module:
+    """Build the loss for logits of this scale, and batches taken in so many shares."""
     kind, scale = METHODS[options.loss].loss, {"logit_scale": logit_scale}
     if not options.official:
         return kind(**(scale if kind is DirichletAlignLoss else {}))
     loss = kind.official(**(scale if kind in (DirichletAlignLoss, PMGAFTLoss) else {}))
     if kind is PMGAFTLoss:
-        # Its KLs are summed over the batch, while the processes' gradients are averaged. That makes
-        # the total right; the logged kl_ref and kl_clean are sums over one process's share.
-        loss.ref_weight *= world_size
-        loss.clean_weight *= world_size
+        # Its KLs are summed over the batch, while the gradients of the shares (of a process, of a
+        # part) are averaged. That makes the total right; the logged kl_ref and kl_clean are sums
+        # over one share.
+        loss.ref_weight *= shares
+        loss.clean_weight *= shares
     return loss
 
 
@@ -158,6 +159,20 @@ def read_options(arguments: list[str] | None, description: str | None = None) ->
     add("--epochs", type=positive)
     add("--warmup", type=natural, help="steps; where the paper's are too many: a tenth of all")
     add("--precision", choices=PRECISIONS, default="fp32", help="of autocast; default: fp32")
+    add(
+        "--accumulate",
+        type=positive,
+        default=1,
+        metavar="PARTS",
+        help="take a batch in so many parts, one after the other: the same update, less memory",
+    )
+    add(
+        "--checkpointing",
+        choices=("training", "all"),
+        help="keep each block's input alone and compute the rest again: in the training passes, "
+        "which take the most memory, or in the attack's too",
+    )
+    add("--compile", action="store_true", help="torch.compile the image encoder that trains")
     add("--device", choices=("cuda", "cpu"), default=device, help=f"default here: {device}")
     add("--workers", type=natural, help="loader processes of each process; default: at most 8")
     add("--seed", type=natural, default=0)
@@ -174,6 +189,8 @@ def read_options(arguments: list[str] | None, description: str | None = None) ->
         parser.error("--device cuda: PyTorch finds no GPU here")
     if options.precision == "fp16" and options.device == "cpu":
         parser.error("--precision fp16 needs --device cuda; use bf16")
+    if options.compile and METHODS[options.loss].loss in (TGALoss, CompTGALoss):
+        parser.error(f"--compile: {options.loss} reads patch tokens by a hook, which none survives")
     fill_in(options)
     return options
 
@@ -199,6 +216,12 @@ def fit_schedule(options: argparse.Namespace, n_images: int, n_processes: int) -
     if batch % n_processes:
         raise SystemExit(
             f"--batch-size {batch}: expected a multiple of the {n_processes} processes"
+        )
+    if batch % (n_processes * options.accumulate):
+        share = batch // n_processes
+        raise SystemExit(
+            f"--accumulate {options.accumulate}: expected a divisor of the {share} images of a "
+            "process and a step"
         )
     if n_images < batch:
         raise SystemExit(f"--batch-size {batch}: expected no more than the {n_images} images")

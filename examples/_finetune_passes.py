@@ -8,7 +8,8 @@ frozen one. One pass serves all kinds of a view.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,16 +30,26 @@ def required(loss: Any, view: str) -> Kinds:
     return frozenset(kind for kind, its_view in parts if its_view == view)
 
 
-def describe(loss: Any, attack_steps: int, keeps_references: bool) -> str:
+def describe(
+    loss: Any,
+    attack_steps: int,
+    keeps_references: bool,
+    *,
+    parts: int = 1,
+    checkpointing: str | None = None,
+) -> str:
     trained, frozen = (
         [view for view in views if required(loss, view)]
         for views in (("adv", "clean"), ("ref", "adv_ref"))
     )
     forward = attack_steps + len(trained) + len(frozen)
     kept = f" ({forward - 1} once the references are in memory)" if keeps_references else ""
+    again = " (blocks run again)"
+    in_attack, in_training = again * (checkpointing == "all"), again * (checkpointing is not None)
+    each = f", for each of {parts} parts" if parts > 1 else ""
     return (
-        f"{forward} forward{kept}, {attack_steps} backward to the pixels, "
-        f"{len(trained)} to the weights, 0 of the text encoder"
+        f"{forward} forward{kept}, {attack_steps} backward to the pixels{in_attack}, "
+        f"{len(trained)} to the weights{in_training}, 0 of the text encoder{each}"
     )
 
 
@@ -93,14 +104,37 @@ class Encoder:
         return maps[0] if len(maps) == 1 else maps[0] * (1 - maps[1])
 
 
+@contextmanager
+def checkpointed(visual: Any | None) -> Iterator[None]:
+    """Let the passes in here keep of each block its input alone; ``None`` changes nothing.
+
+    A backward pass may come later: it repeats what its forward pass was.
+    """
+    if visual is None:
+        yield
+        return
+    visual.set_grad_checkpointing(True)
+    try:
+        yield
+    finally:
+        visual.set_grad_checkpointing(False)
+
+
 class TrainedPasses(nn.Module):
     """The passes of the model that trains, and the loss: what DistributedDataParallel wraps."""
 
     loss: Any
 
-    def __init__(self, classifier: ZeroShotClassifier, encoder: Encoder, loss: nn.Module) -> None:
+    def __init__(
+        self,
+        classifier: ZeroShotClassifier,
+        encoder: Encoder,
+        loss: nn.Module,
+        checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         self.classifier, self.encoder, self.loss = classifier, encoder, loss
+        self.visual = classifier.model.get_submodule("visual") if checkpointing else None
         self.takes_target = "target" in inspect.signature(loss.forward).parameters
 
     def forward(
@@ -108,10 +142,11 @@ class TrainedPasses(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the terms of the loss, of which ``total`` trains."""
         inputs = dict(references)
-        for view, batch in (("adv", images_adv), ("clean", images)):
-            if kinds := required(self.loss, view):
-                encoded = self.encoder.encode(self.classifier, batch, target, kinds)
-                inputs |= self.encoder.inputs(self.classifier, encoded, view, kinds)
+        with checkpointed(self.visual):
+            for view, batch in (("adv", images_adv), ("clean", images)):
+                if kinds := required(self.loss, view):
+                    encoded = self.encoder.encode(self.classifier, batch, target, kinds)
+                    inputs |= self.encoder.inputs(self.classifier, encoded, view, kinds)
         if self.takes_target:
             inputs["target"] = target
         return self.loss.terms(**inputs)._asdict()

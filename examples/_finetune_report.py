@@ -25,9 +25,17 @@ def print_plan(run: Run) -> None:
     image = run.train_data[0][1].to(world.device)
     height, width = image.shape[1:]
     kept = run.references.memory(image)
+    passes = describe(
+        loss,
+        options.attack_steps,
+        kept > 0,
+        parts=options.accumulate,
+        checkpointing=options.checkpointing,
+    )
     print(
         f"method     {options.loss}, {loss}\n"
-        f"model      {model}; {options.precision} on {world.size} x {world.device.type}\n"
+        f"model      {model}; {options.precision} on {world.size} x {world.device.type}"
+        f"{', compiled' if options.compile else ''}\n"
         f"training   {len(run.train_data)} images, {options.epochs} epochs of "
         f"{run.steps_per_epoch} steps, batch {options.batch_size}; {options.optimizer}, "
         f"lr {options.lr:g}, warm-up {options.warmup}\n"
@@ -38,7 +46,7 @@ def print_plan(run: Run) -> None:
     print(
         f"attack     eps {255 * options.eps:.3g}/255, {options.attack_steps} steps of "
         f"{255 * options.step_size:.3g}/255, on {height} x {width} pixels\n"
-        f"a step     encoder passes: {describe(loss, options.attack_steps, kept > 0)}"
+        f"a step     encoder passes: {passes}"
     )
     if kept:
         print(f"memory     {kept / 2**20:.3g} MiB of references (--no-keep: none)")

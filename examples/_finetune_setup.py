@@ -66,6 +66,8 @@ def prepare(options: argparse.Namespace, world: World) -> Run:
     with world.one_process_first():
         model, augmented, plain = build_model(options, world.device)
         tokenizer = open_clip.get_tokenizer(options.model)
+    if options.checkpointing:
+        check_checkpointing(model.get_submodule("visual"))
     train_data = replace(train_data, transform=augmented if options.augment else plain)
     val_data = val_data and replace(val_data, transform=plain)
 
@@ -81,12 +83,18 @@ def prepare(options: argparse.Namespace, world: World) -> Run:
     frozen, original = copy.deepcopy((classifier, val_classifier))  # with one model
     weights = list(model.get_submodule("visual").requires_grad_().parameters())
 
-    loss = build_loss(options, classifier.logit_scale, world.size)
+    loss = build_loss(options, classifier.logit_scale, world.size * options.accumulate)
     negative = None
     if options.loss == "comp-tga":
         negative = build(train_data.class_names, (NEGATIVE_TEMPLATE,)).text_features
     encoder = Encoder(PRECISIONS[options.precision], negative)
-    trained: nn.Module = TrainedPasses(classifier, encoder, loss)
+    if options.compile:
+        # In place, so that the weights keep their names; after the copy, which runs too seldom or
+        # on too many sizes of batches to be worth it.
+        model.get_submodule("visual").compile(dynamic=False)
+    trained: nn.Module = TrainedPasses(
+        classifier, encoder, loss, checkpointing=options.checkpointing is not None
+    )
     if dist.is_initialized():
         # The buffers are the same everywhere: the model trains in evaluation mode.
         trained = DistributedDataParallel(trained, broadcast_buffers=False)
@@ -125,6 +133,13 @@ def check_model(name: str, weights: str) -> None:
     if weights and not open_clip.get_pretrained_cfg(name, weights) and not Path(weights).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise SystemExit(f"--pretrained {weights}: expected a file or a tag of {name} ({tags})")
+
+
+def check_checkpointing(visual: nn.Module) -> None:
+    # open_clip's ResNets take the setting and ignore it.
+    if not hasattr(getattr(visual, "transformer", None), "grad_checkpointing"):
+        expected = "a vision transformer of open_clip's own"
+        raise SystemExit(f"--checkpointing: expected {expected}, got {type(visual).__name__}")
 
 
 def model_arguments(options: argparse.Namespace) -> dict[str, Any]:

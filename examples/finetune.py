@@ -7,7 +7,8 @@
 
 A step runs the image encoder once for each image and model that the loss requires, besides the
 attack, and never the text encoder. What the frozen model makes of the clean images is kept in
-memory. The processes of torchrun together take the same steps as a single one.
+memory. The processes of torchrun together take the same steps as a single one, and so does a batch
+taken in parts (--accumulate). docs/training-step.md says what a step costs and which option pays.
 
 The result, DIR/last.pt, goes back into open_clip's model with
 
@@ -22,17 +23,19 @@ import argparse
 import json
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from _finetune_data import training_loader
 from _finetune_options import check_same_run, lasting_options, plain_options, read_options
-from _finetune_passes import craft
+from _finetune_passes import checkpointed, craft
 from _finetune_report import evaluate, print_plan, print_results
 from _finetune_setup import Run, model_arguments, prepare
 from _finetune_world import World, join_world
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 
@@ -67,26 +70,48 @@ def train(run: Run, first_epoch: int) -> None:
 
 def training_step(run: Run, index: Tensor, images: Tensor, target: Tensor) -> dict[str, Tensor]:
     """Take one step on images at the given positions of the data; return the loss's terms."""
-    options, device = run.options, run.world.device
+    device, n_parts = run.world.device, run.options.accumulate
     images, target = (batch.to(device, non_blocking=True) for batch in (images, target))
     run.optimizer.zero_grad()  # first, so that the attack has the gradients' memory
-    references = run.references.on_clean(index, images, target)
-    images_adv = craft(
-        run.classifier,
-        run.encoder,
-        images,
-        target,
-        references,
-        eps=options.eps,
-        step_size=options.step_size,
-        steps=options.attack_steps,
-        generator=run.generator,
-    )
-    references |= run.references.on_attacked(images_adv, target)
-    terms = run.trained(images_adv, images, target, references)
-    run.scaler.scale(terms["total"]).backward()
+    # One for all parts: an image's start depends on it and on the image, not on the part.
+    seed = int(torch.randint(2**63 - 1, (), generator=run.generator))
+    parts = zip(*(batch.chunk(n_parts) for batch in (index, images, target)), strict=True)
+    terms = {}
+    for number, part in enumerate(parts, start=1):
+        with gradients_kept_here(run.trained) if number < n_parts else nullcontext():
+            for name, term in backward(run, *part, seed=seed).items():
+                terms[name] = terms.get(name, 0) + term.detach() / n_parts
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    return terms
+
+
+def gradients_kept_here(trained: nn.Module) -> AbstractContextManager[None]:
+    """Leave the exchange between processes to the last part of a batch."""
+    return trained.no_sync() if isinstance(trained, DistributedDataParallel) else nullcontext()
+
+
+def backward(
+    run: Run, index: Tensor, images: Tensor, target: Tensor, seed: int
+) -> dict[str, Tensor]:
+    """Attack a part of a batch, and add its share to the gradients; return the loss's terms."""
+    options = run.options
+    references = run.references.on_clean(index, images, target)
+    with checkpointed(run.visual if options.checkpointing == "all" else None):
+        images_adv = craft(
+            run.classifier,
+            run.encoder,
+            images,
+            target,
+            references,
+            eps=options.eps,
+            step_size=options.step_size,
+            steps=options.attack_steps,
+            seed=seed,
+        )
+    references |= run.references.on_attacked(images_adv, target)
+    terms = run.trained(images_adv, images, target, references)
+    run.scaler.scale(terms["total"] / options.accumulate).backward()
     return terms
 
 
@@ -95,7 +120,7 @@ def average(run: Run, terms: dict[str, Tensor]) -> dict[str, float]:
 
     Within an epoch only this waits for the device.
     """
-    stacked = torch.stack([term.detach().double() for term in terms.values()])
+    stacked = torch.stack([term.double() for term in terms.values()])
     values = dict(zip(terms, run.world.mean(stacked).tolist(), strict=True))
     loss = values.pop("total")
     if not math.isfinite(loss):

@@ -262,6 +262,7 @@ METHODS_OF_TWO = {
     "tecoa --augment": (),
     "pmg": (),
     "pmg --official": ("--lr", "0.5"),
+    "pmg --official --accumulate 2": ("--lr", "0.5"),
     "fare": ("--optimizer", "sgd", "--lr", "1e-3"),
     "tga": (),
     "comp-tga": (),
