@@ -19,8 +19,8 @@ lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(DEV)        ## accuracy, speed and memory of the kernels
-	$(BIN)/python benchmarks/dirichlet_kl.py
+bench: $(DEV)        ## accuracy, speed and memory of the kernels, into docs/performance.md
+	$(BIN)/python benchmarks/run.py
 
 docs: $(DEV)         ## the API reference, into build/docs
 	$(BIN)/pdoc --docformat google --math --output-directory build/docs calibclip

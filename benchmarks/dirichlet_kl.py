@@ -106,8 +106,7 @@ def accuracy(device: str) -> bool:
             temperature, sd = tables[f"temperature_{name}"][row], tables[f"sd_{name}"][row]
             clip = kind == "clip"
             case = ("CLIP-like", f"{temperature:g}", f"{sd:g}") if clip else (str(kind), "", "")
-            before = worst.get(case, [0.0] * found.shape[1])
-            worst[case] = [max(pair) for pair in zip(before, found[row], strict=True)]
+            worst[case] = np.maximum(worst.get(case, 0), found[row]).tolist()
 
     print("## Accuracy in float32\n")
     print(

@@ -114,6 +114,9 @@ def check_floating(
     if not isinstance(value, Tensor):
         remedy = f"torch.from_numpy({argument})" if isinstance(value, np.ndarray) else ""
         raise TypeError(wrong(argument, expected, describe(value), remedy))
+    if type(value) is not Tensor and hasattr(value, "to_local"):  # a DTensor, without its import
+        remedy = f"shard it by rows and call {argument}.to_local()"
+        raise TypeError(wrong(argument, expected, f"a {type(value).__name__}", remedy))
     if not value.is_floating_point():
         raise TypeError(wrong(argument, expected, describe(value), f"call {argument}.float()"))
     if value.ndim == 0 or (ndim is not None and value.ndim != ndim):

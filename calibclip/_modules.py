@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def without_ddp(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what a DistributedDataParallel wraps, and any other model as it is.
+
+    The wrapper adds nothing to a pass without gradients of parameters, and with ``static_graph``
+    it takes the first backward pass for a training step: later gradients are not averaged.
+    """
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 @contextmanager
@@ -27,12 +38,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Freeze a module's parameters, and give each its own ``requires_grad`` back at the end."""
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """Freeze a module's parameters, and give each its own ``requires_grad`` back at the end.
+
+    FSDP2 puts other parameters under the same names while they are gathered, and may leave them
+    there. So a flag goes back to the parameter that had it and to the one now under its name.
+    """
+    parameters = dict(model.named_parameters())
+    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     try:
-        for parameter, _ in trainable:
+        for parameter in parameters.values():
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
+        for name, parameter in (*parameters.items(), *model.named_parameters()):
+            parameter.requires_grad_(flags.get(name, parameter.requires_grad))

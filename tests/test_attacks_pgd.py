@@ -425,6 +425,23 @@ def test_frozen_parameters_save_no_activations_for_their_gradients():
     assert needs == [False, False]
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_parameters_swapped_during_the_attack_have_the_flag_of_their_name(flag):
+    """FSDP2 swaps so."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(18, N_CLASSES))
+    layer = model[1]
+    before = layer.weight.requires_grad_(flag)
+
+    def swap(module, arguments):
+        module.weight = nn.Parameter(before.detach().clone(), requires_grad=before.requires_grad)
+
+    layer.register_forward_pre_hook(swap)
+    PGD(eps=0.1, steps=1)(model, some_images(dtype=torch.float32), some_target())
+    assert layer.weight is not before
+    assert (before.requires_grad, layer.weight.requires_grad) == (flag, flag)
+    assert layer.bias.requires_grad
+
+
 def test_training_step_is_not_affected():
     images, target = some_images(dtype=torch.float32), some_target()
     gradients = []

@@ -29,8 +29,8 @@ def apply(
     if torch.compiler.is_compiling():
         shape, evidence, _ = _operator(first, second, scale, shift, log_weight, impl)
         return shape, evidence
-    if special.is_wrapped(first, second):
-        if special.is_differentiated(first, second):
+    if special.is_wrapped(first, second, log_weight):
+        if special.is_differentiated(first, second, log_weight):
             raise RuntimeError(
                 "dirichlet_kl: expected tensors of torch.autograd, got those of a derivative of "
                 "torch.func; use torch.autograd.grad, or torch.func.vmap of the divergence"
@@ -126,7 +126,10 @@ def _operator_backward(
         log_weight,
         (need_first, need_second),
     )
-    grad_first, grad_second = (first.new_empty(0, 0) if grad is None else grad for grad in grads)
+    grad_first, grad_second = (
+        x.new_empty(0, 0) if grad is None else grad
+        for x, grad in zip((first, second), grads, strict=True)
+    )
     return grad_first, grad_second
 
 
@@ -193,39 +196,47 @@ _operator_backward.register_autograd(_refuse)
 
 def _map(info: Any, in_dims: Any, first: Tensor, second: Tensor, *options: Any) -> Any:
     scale, shift, log_weight, impl = options
-    rows, weight, factor = _fold(info, (first, second), in_dims[:2], log_weight, in_dims[4])
+    rows, size, weight, factor = _fold(info, (first, second), in_dims[:2], log_weight, in_dims[4])
     results = _operator(*rows, scale, shift, weight, impl)
-    return _unfold(info, results, (factor, factor, None)), (0, 0, 0)
+    return _unfold(size, results, (factor, factor, None)), (0, 0, 0)
 
 
 def _map_backward(info: Any, in_dims: Any, *arguments: Any) -> Any:
     *tensors, scale, shift, log_weight, impl, need_first, need_second = arguments
-    rows, weight, factor = _fold(info, tensors, in_dims[:5], log_weight, in_dims[7])
+    rows, size, weight, factor = _fold(info, tensors, in_dims[:5], log_weight, in_dims[7])
     grads = _operator_backward(*rows, scale, shift, weight, impl, need_first, need_second)
-    return _unfold(info, grads, (factor, factor)), (0, 0)
+    return _unfold(size, grads, (factor, factor)), (0, 0)
 
 
 def _fold(
     info: Any, tensors: Any, dims: Any, log_weight: Tensor, weight_dim: int | None
-) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """Return the tensors' rows and, of several weights, the largest and the factors left."""
-    rows = [
-        (t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)).flatten(0, 1)
+) -> tuple[list[Tensor], tuple[int, int], Tensor, Tensor | None]:
+    """Return the tensors' rows, the samples and the rows of each, and one weight for all.
+
+    Of several weights that is the largest; the last result are the factors that are left.
+    """
+    mapped = [
+        t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
         for t, dim in zip(tensors, dims, strict=True)
     ]
+    size = info.batch_size, mapped[0].shape[1]
+    rows = [t.flatten(0, 1) for t in mapped]
     if weight_dim is None:
-        return rows, log_weight, None
+        return rows, size, log_weight, None
     top = log_weight.max()
-    return rows, top, torch.where(log_weight == top, 1.0, torch.exp(log_weight - top))
+    return rows, size, top, torch.where(log_weight == top, 1.0, torch.exp(log_weight - top))
 
 
-def _unfold(info: Any, results: Any, factors: Any) -> tuple[Tensor, ...]:
+def _unfold(size: tuple[int, int], results: Any, factors: Any) -> tuple[Tensor, ...]:
     unfolded = []
     for result, factor in zip(results, factors, strict=True):
-        result = result.unflatten(0, (info.batch_size, -1)) if len(result) > 0 else result[None]
+        if result.shape[0] == size[0] * size[1]:
+            result = result.unflatten(0, size)
+        else:  # a gradient that nobody needs
+            result = result.expand(size[0], *result.shape)
         if factor is not None and result.numel() > 0:
             result = result * factor.to(result.dtype).view(-1, *[1] * (result.ndim - 1))
-        unfolded.append(result.expand(info.batch_size, *result.shape[1:]))
+        unfolded.append(result)
     return tuple(unfolded)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from calibclip._checks import check_target, describe, wrong
-from calibclip._modules import evaluation_mode, frozen
+from calibclip._modules import evaluation_mode, frozen, without_ddp
 from calibclip.attacks.objectives import (
     Objective,
     at_least_float32,
@@ -99,6 +99,7 @@ class AttackedModel:
             raise TypeError(wrong("model", "a callable from images to logits", describe(model)))
         # The number of classes is known only once the model has run.
         self._check_classes = check_classes
+        model = without_ddp(model)
         # One graph for each batch size: the search sees to it that there are few.
         self.model = torch.compile(model, dynamic=False) if compiled else model
         self.objective, self.targeted, self.precision = objective, targeted, precision

@@ -97,7 +97,8 @@ class WorstCase:
     the pointwise worst case: not the mean over attacks, nor the lowest accuracy of one. Whether an
     attack has broken a sample is not taken from the attack: its images are put to the model again,
     in evaluation mode and without autocast. A sample that is wrong on the clean image counts as
-    broken, and is not attacked.
+    broken, and is not attacked. Ranks of FSDP would make different numbers of passes and wait for
+    each other forever: each attacks a plain copy instead (``docs/scale.md``).
 
     Args:
         attacks: Attacks by name, or a sequence of them, which are then named after their types.

@@ -55,7 +55,9 @@ class PGD(GradientAttack):
     **Robust accuracy, fast:** ``stop_when_fooled`` ends a sample at its first success. What is
     left of the batch closes ranks, and with a ``batch_size`` waiting images take the free places.
     A sample that has come to alternate between two points ends too, as nothing new can come.
-    Success and images are what the full run would have had up to there.
+    Success and images are what the full run would have had up to there. Ranks of FSDP would make
+    different numbers of passes and wait for each other forever: each attacks a plain copy instead
+    (``docs/scale.md``).
 
     **Randomness.** The start of a sample depends on ``seed``, its own pixels, the restart and the
     kind of device only: not on the rest of the batch nor on the global random state. The same image

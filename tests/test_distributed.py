@@ -1,0 +1,157 @@
+"""Losses, attacks and metrics under DistributedDataParallel and FSDP2: two gloo ranks are one."""
+
+import functools
+import importlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import distributed_worker
+import pytest
+import torch.distributed as dist
+from filelock import FileLock  # which torch depends on
+from test_examples_in_loops import check_diff, docstring
+
+ROOT = Path(__file__).parents[1]
+TOLERANCE = 1e-5
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Run the worker's two ranks, once for all workers of xdist."""
+    path = tmp_path_factory.getbasetemp()
+    path = (path.parent if "PYTEST_XDIST_WORKER" in os.environ else path) / "ranks"
+    path.mkdir(exist_ok=True)
+    found = [path / f"{rank}.json" for rank in range(2)]
+    with FileLock(path / "lock"):
+        if not all(file.exists() for file in found):
+            process = subprocess.run(
+                [sys.executable, distributed_worker.__file__, str(path)],
+                capture_output=True,
+                text=True,
+                check=False,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                timeout=240,
+            )
+            assert process.returncode == 0, process.stderr
+    return [json.loads(file.read_text()) for file in found]
+
+
+@pytest.fixture
+def gradients(ranks):
+    return [found["check_ddp_gradients"] for found in ranks]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    ["paper's weight", "weight", "tecoa", "pmg_aft", "fare", "relative_weight by hand"],
+)
+def test_ddp_gradients_are_those_of_the_joined_batch(gradients, loss):
+    assert all(found[loss]["joined"] < TOLERANCE for found in gradients)
+
+
+def test_relative_weight_divides_by_the_local_mean(gradients):
+    for found in gradients:
+        # Each rank minimises its own loss, and the gradient is the mean of theirs.
+        assert found["relative_weight"]["mean of ranks"] < TOLERANCE
+        assert found["relative_weight"]["joined"] > 1e-2
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "ddp, attacked through", "fsdp"])
+def test_attacked_training_ends_at_the_parameters_of_one_process(ranks, wrapper):
+    for found in ranks:
+        training = found["check_training"]
+        assert training["moved"] > 1e-3
+        assert training[wrapper]["images"] == 0
+        assert training[wrapper]["parameters"] < TOLERANCE * training["moved"]
+
+
+def test_an_attack_leaves_no_trace_on_a_sharded_model(ranks):
+    for found in ranks:
+        assert all(found["check_attack_leaves_no_trace"].values())
+
+
+@pytest.mark.parametrize("case", ["fsdp, judged", "static graph, attacked through"])
+def test_training_goes_on_after_an_attack(ranks, case):
+    assert all(found["check_training_after"][case] < TOLERANCE for found in ranks)
+
+
+@pytest.mark.parametrize("attack", ["pgd", "apgd", "rivals", "stop_when_fooled"])
+def test_only_attacks_that_stop_early_differ_in_their_passes(ranks, attack):
+    one, other = (found["check_passes"][attack] for found in ranks)
+    assert (one == other) == (attack != "stop_when_fooled")
+
+
+def test_a_plain_copy_of_a_sharded_model_can_be_attacked_on_each_rank_alone(ranks):
+    for found in ranks:
+        assert found["check_plain_copy"]["apart"] < TOLERANCE
+        assert 0 <= found["check_plain_copy"]["robust"] <= 1
+
+
+def test_metrics_of_uneven_ranks_are_those_of_one_process(ranks):
+    every = [update for updates in distributed_worker.UPDATES for update in updates]
+    expected = distributed_worker.metric_values(every)
+    for found in ranks:
+        assert found["check_metrics"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_dtensors_are_refused_and_their_local_rows_are_not(ranks):
+    for found in ranks:
+        outcomes = found["check_dtensors"]
+        assert outcomes.pop("local") == 0
+        for name, outcome in outcomes.items():
+            assert re.search(
+                r"^TypeError: .* got a DTensor; .* call \w+\.to_local\(\)$", outcome
+            ), (name, outcome)
+
+
+def test_the_example_makes_its_model_robust(ranks):
+    first, second = (found["check_example"] for found in ranks)
+    assert second == ""
+    assert "FSDP2, 2 processes" in first
+    cells = r"\| (before|after) \| (clean|attacked) \| (\S+) \| (\S+) \| (\S+) \|"
+    rows = {(when, kind): [*map(float, rest)] for when, kind, *rest in re.findall(cells, first)}
+    assert len(rows) == 4
+    assert rows["after", "attacked"][0] > rows["before", "attacked"][0] + 0.15
+    assert rows["after", "clean"][0] > 0.5
+
+
+def test_the_diff_in_the_docstring_is_in_the_code():
+    check_diff(docstring("in_fsdp"), "in_fsdp")
+
+
+def test_without_torchrun_the_example_is_a_group_of_one(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    example = importlib.import_module("in_fsdp")
+    with patch.dict(os.environ):
+        os.environ.pop("RANK", None)
+        assert example.start() == (0, 1)
+    dist.destroy_process_group()
+
+
+@functools.cache
+def scale():
+    """Return what benchmarks/scale.py prints."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            importlib.import_module("scale").main()
+    return printed.getvalue()
+
+
+def test_the_tables_of_the_page_are_what_the_script_prints():
+    page = (ROOT / "docs" / "scale.md").read_text()
+    tables = [block for block in scale().split("\n\n") if block.startswith("|")]
+    assert len(tables) >= 5
+    for table in tables:
+        assert table.strip() in page
+    in_page = [block for block in page.split("\n\n") if block.startswith("|")]
+    assert len(in_page) == len(tables)
