@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if not error <= BOUND:
         sys.exit("No speed is reported for a wrong result.")
-    times = calls(steps, device, samples=4, warm_up=1)
+    times = calls(steps, device, samples=3, warm_up=1)
     peak = peak_on_device if device == "cuda" else peak_bytes
     matrix = 4 * batch * CLASSES
     rows: list[list[str]] = []
