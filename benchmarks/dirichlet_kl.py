@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     if not accuracy(arguments.device):
         sys.exit("No speed is reported for a wrong result.")
-    speed(arguments.device, 24, arguments.quick)
+    speed(arguments.device, 16, arguments.quick)
     if arguments.device == "cuda":
         bandwidth()
     else:

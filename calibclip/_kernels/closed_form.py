@@ -29,7 +29,7 @@ from calibclip._kernels.common import N_STATS, compute_dtype, scalar_dtype
 
 # Elements per block of rows: on a CPU a block's temporaries should stay in the cache; elsewhere the
 # bound only keeps the temporaries of a huge call small.
-_BLOCK_ON_CPU, _BLOCK_ELSEWHERE = 1 << 18, 1 << 22
+_BLOCK_ON_CPU, _BLOCK_ELSEWHERE = 1 << 17, 1 << 22
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
