@@ -422,8 +422,8 @@ def _launch(n_classes: int) -> dict[str, int]:
 
     Few registers, so that many rows are worked on at a time; they spill where float64 is at work.
     """
-    warps = min(16, max(1, triton.next_power_of_2(n_classes) // 1024))
-    return {"BLOCK": 128 * warps, "SMALL": 32 * warps, "num_warps": warps, "maxnreg": 64}
+    n = min(16, max(1, triton.next_power_of_2(n_classes) // 1024))
+    return {"BLOCK": 128 * n, "SMALL": 32 * n, "num_warps": n, "maxnreg": 64}
 
 
 @cache

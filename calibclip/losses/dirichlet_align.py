@@ -329,6 +329,10 @@ def log_strength(logits: Tensor, logit_scale: float, temperature: float) -> Tens
 def check_one_weight(weight: float | None, relative_weight: float | None) -> None:
     """Refuse two weights, of which one would have no effect.
 
+    Args:
+        weight: Checked already; ``None`` if not given.
+        relative_weight: Likewise.
+
     Raises:
         ValueError: Both are given.
     """
