@@ -1,6 +1,6 @@
 r"""The Dirichlet KL by ``torch.compile``: two fused functions for what CLIP's cosines come to.
 
-They hold for gaps below 3 (around their mean) and for concentrations above :math:`e^{12}` in
+They hold for gaps that are not wide (``_REACH``, ``_GROWTH``) and for concentrations above :math:`e^{12}` in
 float32, as at the paper's temperature; whether a call's are, forward finds out on its way. Others
 go to the eager closed form, of which these are the formulas. Compiling takes half a minute, once
 for a process and anew when the number of rows or classes changes for the first time; so nothing
@@ -19,6 +19,8 @@ from torch import Tensor
 from calibclip._kernels import closed_form, special
 from calibclip._kernels.common import N_STATS, compute_dtype
 
+# Up to gaps of this size, and this KL(p || q), the sums around the mean keep their digits.
+_REACH, _GROWTH = 16.0, 1.0
 # The column of what forward leaves for backward that tells whose it is; others leave it at 0.
 _MARK = N_STATS - 2
 
@@ -66,7 +68,8 @@ def _forward(
     second_order = (1 + change) * squares + level + slope
     strength = torch.exp(log_a0 + d0 + log_weight)
     evidence = 0.5 * log_weight.exp() * (second_order - (torch.expm1(d0) - d0))
-    holds = (reach < special.CLOSE) & (second_order >= 0.1 * (level + slope.abs()))
+    holds = (reach < _REACH) & (growth < _GROWTH) & (centre.abs() < _REACH)
+    holds &= second_order >= 0.1 * (level + slope.abs())  # else digits cancel
     nothing = torch.zeros_like(d0)
     columns = [d_top, beyond, strength, u_top, total]
     columns += [nothing] * (_MARK - len(columns)) + [nothing + 1, nothing]
