@@ -1,10 +1,10 @@
 r"""The Dirichlet KL by ``torch.compile``: two fused functions for what CLIP's cosines come to.
 
-They hold for gaps that are not wide (``_REACH``, ``_GROWTH``) and for concentrations above :math:`e^{12}` in
-float32, as at the paper's temperature; whether a call's are, forward finds out on its way. Others
-go to the eager closed form, of which these are the formulas. Compiling takes half a minute, once
-for a process and anew when the number of rows or classes changes for the first time; so nothing
-chooses this implementation on its own.
+They hold for gaps that are not wide (``_REACH``, ``_GROWTH``) and for concentrations above
+:math:`e^{12}` in float32, as at the paper's temperature; whether a call's are, forward finds out on
+its way. Others go to the eager closed form, of which these are the formulas. Compiling takes half a
+minute, once for a process and anew when the number of rows or classes changes for the first time;
+so nothing chooses this implementation on its own.
 """
 
 from __future__ import annotations
