@@ -469,10 +469,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients that are needed, each contiguous and of its input's dtype."""
     rows, n_classes = first.shape
-    grads = [
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else None
-        for x, needed in zip((first, second), needs, strict=True)
-    ]
+    pairs = zip((first, second), needs, strict=True)
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) if n else None for x, n in pairs]
     first, second = _unit_columns(first), _unit_columns(second)
     if rows > 0 and any(needs):
         outputs = [first if grad is None else grad for grad in grads]  # not used if not needed
