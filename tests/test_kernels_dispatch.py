@@ -443,10 +443,12 @@ def test_few_numbers_agree_with_many(n_classes, sd, scale, monkeypatch):
             grads += torch.autograd.grad(parts, leaves, given, retain_graph=True)
         return [*(part.detach() for part in parts), *grads]
 
-    assert small.suits(*pair, scale, options.get("shift", 0.0))
+    weight = torch.tensor(options.get("log_weight", 0.0), dtype=F64)
+    call = (*pair, scale, options.get("shift", 0.0), weight)
+    assert small.forward(*call) is not None
     few = parts_and_gradients()
     monkeypatch.setattr(small, "_FEW", 0)
-    assert not small.suits(*pair, scale, options.get("shift", 0.0))
+    assert small.forward(*call) is None
     many = parts_and_gradients()
     assert [x.dtype for x in few] == [x.dtype for x in many]
     if sd == 0:
@@ -456,19 +458,41 @@ def test_few_numbers_agree_with_many(n_classes, sd, scale, monkeypatch):
 
 
 def test_few_numbers_are_told_from_others():
-    """From many, from float64, from small concentrations, and from none."""
+    """From many, from float64, from small and huge concentrations, and from none."""
+
+    def suits(first, second, scale=1.0, shift=0.0):
+        return small.forward(first, second, scale, shift, torch.zeros((), dtype=F64)) is not None
+
     pair = clip_like(2, 8, 0.02)
-    assert small.suits(*pair, 1.0, 0.0)
-    assert small.suits(*(x.bfloat16() for x in pair), 1.0, 0.0)
-    assert not small.suits(*clip_like(8, 1 << 12, 0.02), 1.0, 0.0)
-    assert not small.suits(pair[0].double(), pair[1], 1.0, 0.0)
-    assert not small.suits(*(x - 12 for x in pair), 1.0, 0.0)
-    assert small.suits(*(x - 12 for x in pair), 1.0, 12.0)
-    assert not small.suits(*pair, 1 / 7, 0.0)
-    assert not small.suits(*torch.empty(2, 0, 8), 1.0, 0.0)
-    second = pair[1].clone()
-    second[1, 2] = -3.0
-    assert not small.suits(pair[0], second, 1.0, 0.0)
+    assert suits(*pair)
+    assert suits(*(x.bfloat16() for x in pair))
+    assert not suits(*clip_like(8, 1 << 13, 0.02))
+    assert not suits(pair[0].double(), pair[1])
+    assert not suits(*(x - 12 for x in pair))
+    assert suits(*(x - 12 for x in pair), shift=12.0)
+    assert not suits(*(x + 300 for x in pair))
+    assert not suits(*pair, scale=1 / 7)
+    assert not suits(*torch.empty(2, 0, 8))
+    for value in (-3.0, torch.inf):
+        second = pair[1].clone()
+        second[1, 0] = value
+        assert not suits(pair[0], second)
+
+
+def test_few_numbers_far_apart_or_huge():
+    """As with a tiny temperature: what float64 cannot hold goes to the form for many."""
+    for temperature in (1e-2, 1e-3, 1e-4):
+        first, second = (torch.tensor([row]) for row in ([0.3, -0.5, 0.1], [-0.5, 0.3, 0.12]))
+        options = {"scale": 1 / temperature, "shift": 1 / temperature}
+        options["log_weight"] = -1.3 / temperature
+        want = sum(dirichlet_kl_parts(first, second, impl="reference", **options))
+        for rows in (1, 1 << 15):
+            pair = [x.expand(rows, -1) for x in (first, second)]
+            found = sum(dirichlet_kl_parts(*pair, impl="eager", **options))[:1].double()
+            rtol = max(5e-6, 1e-7 / temperature)  # that of c / T in float32
+            torch.testing.assert_close(found, want, rtol=rtol, atol=0)
+    huge = torch.full((1, 3), 800.0)
+    assert float(dirichlet_kl(huge, huge, impl="eager")) == 0
 
 
 def test_backward_follows_forward():

@@ -27,9 +27,9 @@ from torch import Tensor
 from calibclip._kernels import small, special
 from calibclip._kernels.common import N_STATS, compute_dtype, scalar_dtype
 
-# Elements per block of rows: on a CPU a block's temporaries should stay in the cache; elsewhere the
-# bound only keeps the temporaries of a huge call small.
-_BLOCK_ON_CPU, _BLOCK_ELSEWHERE = 1 << 17, 1 << 22
+# Elements per block of rows, so that the temporaries of a huge call stay small; fewer would cost
+# more, since an operation has its price however little it works on.
+_BLOCK_ON_CPU, _BLOCK_ELSEWHERE = 1 << 18, 1 << 22
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
@@ -73,62 +73,74 @@ class _Block:
 class _Sums(NamedTuple):
     """What a block comes to, each (rows, 1).
 
-    The gap d0 = ln b_0 - ln a_0 = ln sum_k p_k e^(d_k) is approached in steps, d_top + mean + eta,
-    so that small gaps keep their relative precision: the gap of the class with the largest a_k,
-    which makes a common change of all concentrations exactly one of evidence; the mean of what the
-    other gaps differ by; and what is left, eta = ln(1 + growth) = KL(p || q).
+    The gap d0 = ln b_0 - ln a_0 = ln sum_k p_k e^(d_k) is approached in steps, anchor + mean + eta,
+    so that small gaps keep their relative precision: a number near all gaps, the mean of what they
+    differ from it by, and what is left, eta = ln(1 + growth).
     """
 
-    d_top: Tensor
+    anchor: Tensor
     mean: Tensor
-    growth: Tensor  # sum_k p_k (e^(t_k) - 1),        t_k = d_k - d_top - mean
+    growth: Tensor  # sum_k p_k (e^(t_k) - 1),        t_k = d_k - anchor - mean
     leading: Tensor  # sum_k p_k (t_k e^(t_k) - e^(t_k) + 1)
     plain: Tensor  # sum_k t_k
     squares: Tensor  # sum_k e^(t_k) - 1 - t_k
     log_a0: Tensor  # less the shift
-    log_b: Tensor  # ln b_k of some class, less the shift,
-    log_ratio: Tensor  # and ln b_0 / b_k, less eta
+    log_b: Tensor  # a number near ln b_0, less the shift,
+    ratio: Tensor  # and what b_0 is of its exponential, less the factor e^eta
 
 
-def _sum_up(block: _Block) -> tuple[_Sums, float]:
-    """Sum a block up; return also a bound on its |t_k|, infinite if some gaps are too wide."""
-    d, x, p = block.d, block.x, block.p
-    p_top, top = p.max(-1, keepdim=True)
-    d_top, x_top, log_p_top = d.gather(-1, top), x.gather(-1, top), p_top.log()
-    t = d - d_top
-    work = p * t
-    mean = work.sum(-1, keepdim=True)
-    t.sub_(mean)
+def _sum_up(block: _Block, from_top: bool) -> tuple[_Sums, float]:
+    """Sum a block up; return also a bound on its |t_k|, infinite if some gaps are too wide.
+
+    The anchor is the mean gap as float32 has it. ``from_top`` takes that of the class with the
+    largest a_k, then the mean around it, which costs more and is exact where all probability is in
+    one class, or all concentrations change alike.
+    """
+    d, p = block.d, block.p
+    if from_top:
+        anchor = d.gather(-1, p.argmax(-1, keepdim=True))
+        t = d - anchor
+        mean = (p * t).sum(-1, keepdim=True)
+        t.sub_(mean)
+        step = torch.exp(anchor) * torch.exp(mean)
+    else:
+        work = p * d
+        anchor = work.sum(-1, keepdim=True)
+        mean = torch.zeros_like(anchor)
+        t = torch.sub(d, anchor, out=work)
+        step = torch.exp(anchor)
     bound = special.largest(t)
     if bound >= special.CLOSE:
-        return _sum_up_wide(block, d_top, x_top, log_p_top), math.inf
-    second_order = special.second_order(t, bound)
-    squares = second_order.sum(-1, keepdim=True)
-    growth = torch.add(t, second_order, out=work)
-    minus_h = torch.addcmul(second_order, growth, t, value=-1, out=second_order)
+        return _sum_up_wide(block), math.inf
+    growth, curve = special.orders(t, bound)
+    squares = curve.sum(-1, keepdim=True)
+    minus_h = torch.addcmul(curve, growth, t, value=-1, out=curve)
+    x_top, p_top = block.x.amax(-1, keepdim=True), p.amax(-1, keepdim=True)
     sums = _Sums(
-        d_top=d_top,
+        anchor=anchor,
         mean=mean,
         growth=growth.mul_(p).sum(-1, keepdim=True),
         leading=-minus_h.mul_(p).sum(-1, keepdim=True),
         plain=t.sum(-1, keepdim=True),
         squares=squares,
-        log_a0=x_top - log_p_top,
-        log_b=block.v.gather(-1, top) * block.scale,
-        log_ratio=mean - log_p_top,
+        log_a0=x_top - p_top.log(),
+        log_b=x_top,
+        ratio=step / p_top,
     )
     return sums, bound
 
 
-def _sum_up_wide(block: _Block, d_top: Tensor, x_top: Tensor, log_p_top: Tensor) -> _Sums:
+def _sum_up_wide(block: _Block) -> _Sums:
     """Sum a block up from both sets of probabilities, so that neither e^t nor e^-t can overflow."""
     p, y = block.p, block.v * block.scale
     q = torch.softmax(y, -1)
-    y_top, log_q_top = y.amax(-1, keepdim=True), q.amax(-1, keepdim=True).log()
+    p_top, top = p.max(-1, keepdim=True)
+    d_top, x_top, log_p_top = block.d.gather(-1, top), block.x.gather(-1, top), p_top.log()
+    y_top, q_top = y.amax(-1, keepdim=True), q.amax(-1, keepdim=True)
     t = block.d - d_top
     growth = (p * torch.expm1(t)).sum(-1, keepdim=True)
     near = torch.log1p(growth.clamp(-0.5, 0.5))
-    far = (y_top - x_top) - (log_q_top - log_p_top) - d_top
+    far = (y_top - x_top) - (q_top.log() - log_p_top) - d_top
     beyond = torch.where(growth.abs() < 0.5, near, far)
     delta = t - beyond
     # p (delta e^delta - e^delta + 1) = q (e^-delta - 1 + delta) = p - q + q delta
@@ -136,7 +148,7 @@ def _sum_up_wide(block: _Block, d_top: Tensor, x_top: Tensor, log_p_top: Tensor)
     terms = torch.where(delta.abs() < 1, series, p - q + q * delta)
     nothing = torch.zeros_like(beyond)
     return _Sums(
-        d_top=d_top,
+        anchor=d_top,
         mean=beyond,
         growth=nothing,
         leading=terms.sum(-1, keepdim=True),
@@ -144,15 +156,56 @@ def _sum_up_wide(block: _Block, d_top: Tensor, x_top: Tensor, log_p_top: Tensor)
         squares=nothing,
         log_a0=x_top - log_p_top,
         log_b=y_top,
-        log_ratio=-log_q_top,
+        ratio=1 / q_top,
     )
+
+
+def _sum_blocks(
+    first: Tensor, second: Tensor, scale: float, from_top: bool
+) -> tuple[_Sums, list[float], list[float]]:
+    """Sum all rows up; return also each block's bound, and its smallest ln a_k and ln b_k."""
+    parts, bounds, smallest = [], [], []
+    for part in row_blocks(first):
+        block = _Block(first[part], second[part], scale)
+        sums, bound = _sum_up(block, from_top)
+        parts.append(sums)
+        bounds.append(bound)
+        smallest.append(block.smallest())
+    # Most calls are a single block, which need not be copied.
+    sums = parts[0] if len(parts) == 1 else _Sums(*map(torch.cat, zip(*parts, strict=True)))
+    return sums, bounds, smallest
+
+
+class _Divergence(NamedTuple):
+    """What follows from the sums, each (rows, 1) but for ``reach``."""
+
+    eta: Tensor
+    centre: Tensor  # anchor + mean
+    reach: float  # bound on |eta|, |centre| and |d0|
+    categorical: Tensor  # KL(q || p)
+    of_centre: Tensor  # e^centre - 1 - centre
+    of_d0: Tensor
+
+    @classmethod
+    def of(cls, sums: _Sums) -> _Divergence:
+        # With h(t) = t e^t - e^t + 1,  KL(q || p) = e^-eta sum_k p_k h(t_k) - (e^-eta - 1 + eta).
+        eta, centre = torch.log1p(sums.growth), sums.anchor + sums.mean
+        steps = torch.cat((-eta, centre, centre + eta), -1)
+        reach = special.largest(steps)
+        of_eta, of_centre, of_d0 = special.second_order(steps, reach).split(1, -1)
+        categorical = torch.exp(-eta) * sums.leading - of_eta
+        return cls(eta, centre, reach, categorical, of_centre, of_d0)
+
+    def is_poor(self) -> bool:
+        """Return whether some row's divergence is a difference of two numbers much larger."""
+        return bool((self.eta.square() > 4 * self.categorical).any())
 
 
 class _Totals(NamedTuple):
     """What forward leaves for backward, each (rows, 1)."""
 
-    d_top: Tensor
-    beyond: Tensor  # d0 - d_top
+    anchor: Tensor
+    beyond: Tensor  # d0 - anchor
     log_a0: Tensor
     strength: Tensor  # w b_0
 
@@ -160,7 +213,7 @@ class _Totals(NamedTuple):
         """Return a_0 and b_0 of every row: their gaps and sizes are within those of the classes."""
         gap = max((extent.gap for extent in extents), default=0.0)
         smallest = min((extent.smallest for extent in extents), default=0.0)
-        return special.Pairs(self.d_top + self.beyond, self.log_a0, 0.0, gap, smallest)
+        return special.Pairs(self.anchor + self.beyond, self.log_a0, 0.0, gap, smallest)
 
 
 class _Change(NamedTuple):
@@ -172,7 +225,7 @@ class _Change(NamedTuple):
 
     @classmethod
     def of(cls, block: _Block, totals: _Totals, part: slice, spread: float) -> _Change:
-        delta = (block.d - totals.d_top[part]).sub_(totals.beyond[part])
+        delta = (block.d - totals.anchor[part]).sub_(totals.beyond[part])
         if spread < special.CLOSE:
             growth = torch.expm1(delta)
             return cls(delta, growth, growth * block.p)
@@ -196,32 +249,22 @@ def forward(
     Returns:
         Two vectors ``(rows,)``, at least float32, and a float64 matrix ``(rows, N_STATS)``.
     """
-    if small.suits(first, second, scale, shift):
-        return small.forward(first, second, scale, shift, log_weight)
+    few = small.forward(first, second, scale, shift, log_weight)
+    if few is not None:
+        return few
     dtype = compute_dtype(first, second)
-    parts, bounds, smallest = [], [], []
-    for part in row_blocks(first):
-        block = _Block(first[part], second[part], scale)
-        sums, bound = _sum_up(block)
-        parts.append(sums)
-        bounds.append(bound)
-        smallest.append(block.smallest() + shift)
-    # Most calls are a single block, which need not be copied.
-    sums = parts[0] if len(parts) == 1 else _Sums(*map(torch.cat, zip(*parts, strict=True)))
-
-    # With h(t) = t e^t - e^t + 1,  KL(q || p) = e^-eta sum_k p_k h(t_k) - (e^-eta - 1 + eta).
-    eta = torch.log1p(sums.growth)
-    centre, beyond = sums.d_top + sums.mean, sums.mean + eta
-    steps = torch.cat((-eta, centre, centre + eta), -1)
-    reach = special.largest(steps)
-    of_eta, of_centre, of_d0 = special.second_order(steps, reach).split(1, -1)
-    categorical = torch.exp(-eta) * sums.leading - of_eta
+    sums, bounds, smallest = _sum_blocks(first, second, scale, from_top=not special.may_look(first))
+    divergence = _Divergence.of(sums)
+    if special.may_look(first) and divergence.is_poor():
+        sums, bounds, smallest = _sum_blocks(first, second, scale, from_top=True)
+        divergence = _Divergence.of(sums)
+    eta, centre, reach, categorical, of_centre, of_d0 = divergence
     # Two factors, since rounding a logarithm of size 20 costs a relative 1e-6.
     offset = (shift + log_weight).to(dtype)
-    strength = torch.exp(sums.log_b + offset) * torch.exp(sums.log_ratio + eta)
-    totals = _Totals(sums.d_top, beyond, sums.log_a0 + shift, strength)
+    strength = torch.exp(sums.log_b + offset) * (sums.ratio * torch.exp(eta))
+    totals = _Totals(sums.anchor, sums.mean + eta, sums.log_a0 + shift, strength)
     extents = [
-        _Extent(bound + reach, bound + reach, low)
+        _Extent(bound + reach, bound + reach, low + shift)
         for bound, low in zip(bounds, smallest, strict=True)
     ]
 
@@ -301,34 +344,46 @@ def backward(
     by_evidence = grad_evidence.reshape(-1, 1) * scale
     by_shape = grad_shape.reshape(-1, 1) * scale * totals.strength
     sums = totals.pairs(extents)
+    # For large concentrations both slopes are w (e^(d_k) - 1) / 2, here from e^(d_k - d0) - 1:
+    # rounded relative to the row's largest, enough for a term of relative size 1 / alpha_k.
     half = 0.5 * weight.exp()
-    grad_first = grad_second = total_first = total_second = None
-    if needs[0]:
-        grad_first = torch.empty(first.shape, dtype=first.dtype, device=first.device)
-        total_first = special.evidence_slope_first(sums, weight)
-    if needs[1]:
-        grad_second = torch.empty(second.shape, dtype=second.dtype, device=first.device)
-        total_second = special.evidence_slope_second(sums, weight)
+    level = half * torch.expm1(sums.d) * by_evidence
+    rise = level + half * by_evidence
+    total_first = special.evidence_slope_first(sums, weight) * by_evidence
+    total_second = special.evidence_slope_second(sums, weight) * by_evidence
+    grad_first = grad_second = None
     for part, extent in zip(row_blocks(first), extents, strict=True):
         block = _Block(first[part], second[part], scale)
         change = _Change.of(block, totals, part, extent.spread)
         pairs = block.pairs(shift, extent)
         shared = None
         if change.growth is not None and pairs.large:
-            # Both slopes are w (e^(d_k) - 1) / 2, here from e^(d_k - d0) - 1: rounded relative to
-            # the row's largest, enough for a term of relative size 1 / alpha_k.
-            level = half * torch.expm1(sums.d[part])
-            shared = torch.addcmul(level, change.growth, half + level)
-        if grad_first is not None and total_first is not None:
+            shared = change.growth.mul_(rise[part]).add_(level[part])
+        if needs[0]:
             if shared is None:
-                every = special.evidence_slope_first(pairs, weight)
+                every = special.evidence_slope_first(pairs, weight).mul_(by_evidence[part])
             else:
                 every = shared.clone() if needs[1] else shared
-            every.addcmul_(block.p, total_first[part], value=-1).mul_(-by_evidence[part])
-            grad_first[part] = every.addcmul_(change.difference, by_shape[part], value=-1)
-        if grad_second is not None and total_second is not None:
-            q = block.p + change.difference
-            every = special.evidence_slope_second(pairs, weight) if shared is None else shared
-            every.addcmul_(q, total_second[part], value=-1).mul_(by_evidence[part])
-            grad_second[part] = every.addcmul_(q.mul_(change.delta), by_shape[part])
+            every.addcmul_(block.p, total_first[part], value=-1)
+            every.addcmul_(change.difference, by_shape[part])
+            grad_first = _stored(grad_first, part, every.neg_(), first)
+        if needs[1]:
+            q = change.difference.add_(block.p)
+            if shared is None:
+                every = special.evidence_slope_second(pairs, weight).mul_(by_evidence[part])
+            else:
+                every = shared
+            every.addcmul_(q, total_second[part], value=-1)
+            every.addcmul_(q.mul_(change.delta), by_shape[part])
+            grad_second = _stored(grad_second, part, every, second)
     return grad_first, grad_second
+
+
+def _stored(gradient: Tensor | None, part: slice, values: Tensor, like: Tensor) -> Tensor:
+    """Return the gradient with a block's values in it; a single block's are the gradient."""
+    if len(values) == len(like):
+        return values.to(like.dtype)
+    if gradient is None:
+        gradient = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    gradient[part] = values
+    return gradient

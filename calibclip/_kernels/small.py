@@ -14,26 +14,14 @@ import torch
 from torch import Tensor
 
 from calibclip._kernels import special
-from calibclip._kernels.common import N_STATS, compute_dtype
+from calibclip._kernels.common import N_STATS, WHOSE, compute_dtype
 
 # Numbers up to which float64 is the faster.
-_FEW = 1 << 14
-# Columns of what forward leaves for backward; the last, which tells whose it is, others leave at 0.
-_D0, _STRENGTH, _MARK = 0, 1, N_STATS - 1
-
-
-class _Rows(NamedTuple):
-    log_p: Tensor
-    log_q: Tensor
-    delta: Tensor  # ln(q / p)
-
-    @classmethod
-    def of(cls, first: Tensor, second: Tensor, scale: float) -> _Rows:
-        if scale != 1:
-            first, second = first.double() * scale, second.double() * scale
-        log_p = torch.log_softmax(first, -1, dtype=torch.float64)
-        log_q = torch.log_softmax(second, -1, dtype=torch.float64)
-        return cls(log_p, log_q, log_q - log_p)
+_FEW = 1 << 15
+# Up to this ln a neither an exponential nor its inverse overflows.
+_HIGHEST = 300.0
+# In the column of ``WHOSE``; what else forward leaves is in the first two.
+_MARK = 1.0
 
 
 def _few(first: Tensor, second: Tensor) -> bool:
@@ -41,37 +29,60 @@ def _few(first: Tensor, second: Tensor) -> bool:
     return 0 < size <= _FEW and compute_dtype(first, second) == torch.float32
 
 
-def suits(first: Tensor, second: Tensor, scale: float, shift: float) -> bool:
-    """Return whether this file's ``forward`` can take the rows."""
-    if not _few(first, second):
-        return False
-    smallest = min(special.smallest(first), special.smallest(second)) * scale + shift
-    return special.is_large(smallest, torch.float32)
+class _Rows(NamedTuple):
+    """Both Dirichlets, each (rows, C) or (rows, 1)."""
 
+    a0: Tensor
+    p: Tensor  # a_k / a_0
+    d: Tensor  # ln b_k - ln a_k
+    anchor: Tensor  # their mean, rounded
+    t: Tensor  # d_k - anchor, exactly where all gaps are alike
 
-def suited(first: Tensor, second: Tensor, stats: Tensor) -> bool:
-    """Return whether this file's ``forward`` took the rows."""
-    return _few(first, second) and stats.device.type == "cpu" and stats[0, _MARK].item() == 1
+    @classmethod
+    def of(cls, first: Tensor, second: Tensor, scale: float, shift: float) -> _Rows:
+        x, y = first.double(), second.double()
+        if scale != 1:
+            x, y = x * scale, y * scale
+        d = y - x
+        a = torch.exp(x + shift if shift else x)
+        a0 = a.sum(-1, keepdim=True)
+        p = a.div_(a0)
+        anchor = (p * d).sum(-1, keepdim=True)
+        return cls(a0, p, d, anchor, d - anchor)
 
 
 def forward(
     first: Tensor, second: Tensor, scale: float, shift: float, log_weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the two parts and what backward needs, as ``closed_form.forward`` does."""
-    log_p, log_q, delta = _Rows.of(first, second, scale)
-    categorical = torch.linalg.vecdot(log_q.exp(), torch.expm1(-delta) + delta)
-    log_a, log_b = (x[:, 0].double() * scale for x in (first, second))
-    log_b0 = log_b - log_q[:, 0]
-    d0 = log_b0 - (log_a - log_p[:, 0])
-    d = delta + d0[:, None]
-    strength = torch.exp(log_b0 + (log_weight + shift))
-    second_order = (torch.expm1(d) - d).sum(-1) - (torch.expm1(d0) - d0)
-    evidence = second_order * (0.5 * log_weight.exp())
-    stats = torch.zeros(len(d0), N_STATS, dtype=torch.float64)
-    stats[:, _D0], stats[:, _STRENGTH] = d0, strength
-    stats[:, _MARK] = 1
-    shape = (strength * categorical).clamp_(min=0)
-    return shape.float(), evidence.clamp_(min=0).float(), stats
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the two parts and what backward needs, as ``closed_form.forward`` does.
+
+    Returns:
+        Or nothing: the numbers are too many, or not in the range of this file.
+    """
+    if not (_few(first, second) and first.device.type == "cpu"):
+        return None
+    extremes = [float(x) * scale + shift for of in (first, second) for x in torch.aminmax(of)]
+    if not (special.is_large(min(extremes), torch.float32) and max(extremes) < _HIGHEST):
+        return None
+    a0, p, d, anchor, t = _Rows.of(first, second, scale, shift)
+    growth = torch.expm1(t).mul_(p).sum(-1, keepdim=True)
+    eta, weight = torch.log1p(growth), log_weight.exp()
+    d0, delta = anchor + eta, t - eta  # ln b_0 / a_0, ln q_k / p_k
+    change = torch.expm1(delta)
+    # KL(q || p) = sum_k p_k (delta e^delta - e^delta + 1)
+    terms = torch.addcmul(delta - change, delta, change).mul_(p)
+    strength = d0.exp().mul_(a0).mul_(weight)  # w b_0
+    shape = strength * terms.sum(-1, keepdim=True)
+    evidence = torch.expm1(d).sub_(d).sum(-1, keepdim=True) - (torch.expm1(d0) - d0)
+    both = torch.cat((shape, evidence.mul_(0.5 * weight)), -1).clamp_(min=0)
+    stats = torch.cat((eta, strength, eta.new_full((len(eta), N_STATS - 2), _MARK)), -1)
+    return both[:, 0].float(), both[:, 1].float(), stats
+
+
+def suited(first: Tensor, second: Tensor, stats: Tensor) -> bool:
+    """Return whether this file's ``forward`` took the rows."""
+    on_cpu = first.device.type == "cpu"
+    return on_cpu and _few(first, second) and float(stats[0, WHOSE]) == _MARK
 
 
 def backward(
@@ -86,18 +97,18 @@ def backward(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients, as ``closed_form.backward`` does."""
-    rows = _Rows.of(first, second, scale)
-    d0 = stats[:, _D0, None]
-    growth, total = torch.expm1(rows.delta + d0), torch.expm1(d0)
-    by_shape = grad_shape.double()[:, None] * (stats[:, _STRENGTH, None] * scale)
-    by_evidence = grad_evidence.double()[:, None] * (log_weight.exp() * (0.5 * scale))
+    _, p, d, anchor, t = _Rows.of(first, second, scale, shift)
+    eta, strength, _ = stats.split((1, 1, N_STATS - 2), -1)
+    delta, growth, growth0 = t.sub_(eta), torch.expm1(d), torch.expm1(anchor + eta)
+    by_shape = grad_shape[:, None] * (strength * scale)
+    by_evidence = grad_evidence[:, None] * (log_weight.exp() * (0.5 * scale))
+    difference = torch.expm1(delta).mul_(p)  # q - p
     grad_first = grad_second = None
     if needs[0]:
-        p = rows.log_p.exp()
-        change = (torch.expm1(rows.delta) * p).mul_(by_shape)
-        grad_first = change.add_((growth - p * total).mul_(by_evidence)).neg_().to(first.dtype)
+        slope = torch.addcmul(growth, p, growth0, value=-1).mul_(by_evidence)
+        grad_first = slope.addcmul_(difference, by_shape).neg_().to(first.dtype)
     if needs[1]:
-        q = rows.log_q.exp()
-        change = (rows.delta * q).mul_(by_shape)
-        grad_second = change.add_((growth - q * total).mul_(by_evidence)).to(second.dtype)
+        q = difference.add_(p)
+        slope = torch.addcmul(growth, q, growth0, value=-1).mul_(by_evidence)
+        grad_second = slope.addcmul_(q.mul_(delta), by_shape).to(second.dtype)
     return grad_first, grad_second
