@@ -1,8 +1,8 @@
 """Which implementation computes the Dirichlet KL, and the call as an operator of PyTorch."""
 
-import importlib.util
 import itertools
 import shutil
+import sys
 
 import pytest
 import torch
@@ -29,13 +29,13 @@ def clear_caches():
 @pytest.fixture
 def machine(monkeypatch):
     """Return a function that pretends: Triton is there or not, the card is as old as said."""
-    find_spec = importlib.util.find_spec
 
     def pretend(*, triton=True, capability=(9, 0), hip=None):
-        def find(name, package=None):
-            return triton or None if name == "triton" else find_spec(name, package)
+        def load(impl):
+            if impl == "triton" and not triton:
+                raise ModuleNotFoundError("No module named 'triton'")
 
-        monkeypatch.setattr(importlib.util, "find_spec", find)
+        monkeypatch.setattr(dispatch, "load", load)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.version, "hip", hip)
 
@@ -63,7 +63,7 @@ def assert_equal(found, want):
 
 OBSTACLES = {
     "float64": ({}, CUDA, F64, "float32 and half precision, and an input is float64"),
-    "not installed": ({"triton": False}, CUDA, F32, "the package triton is not installed"),
+    "not installed": ({"triton": False}, CUDA, F32, r"cannot be imported .*No module named .triton.\)"),
     "cpu": ({}, torch.device("cpu"), F32, "tensors are on cpu, .* needs a CUDA device"),
     "old card": ({"capability": (7, 5)}, CUDA, F32, r"capability is 7\.5, .* needs 8\.0"),
     "AMD": ({"hip": "6.2"}, CUDA, F32, "untested on AMD's"),
@@ -76,7 +76,9 @@ def test_why_not_triton(name, machine):
     machine(**pretence)
     choice = choose("auto", device, dtype)
     assert choice.impl == "eager"
-    with pytest.raises(ValueError, match=rf"^impl: .* got 'triton'; .*{reason}: use impl=\"auto\""):
+    with pytest.raises(
+        ValueError, match=rf"^impl: .* got 'triton'; .*{reason}: use impl=\"auto\"$"
+    ):
         choose("triton", device, dtype)
     with pytest.raises(ValueError, match=reason):
         raise ValueError(choice.reason)
@@ -107,11 +109,31 @@ def test_explain_impl(machine):
     assert "on cpu" in explain_impl(row).reason
     assert "float64" in explain_impl(row, row.double()).reason
     assert "float64" in explain_impl(row.double(), row).reason
-    for impl in set(IMPLEMENTATIONS) - {"auto", "triton"}:
+    for impl in set(IMPLEMENTATIONS) - {"auto", "triton", "compile"}:
         assert explain_impl(row, impl=impl) == (impl, "it was asked for")
+
+
+@pytest.mark.parametrize(
+    ("device", "compiler", "reason"),
+    [
+        ("cpu", "cc-of-nowhere", "needs a C.. compiler, and there is no cc-of-nowhere"),
+        ("cuda", sys.executable, r"triton cannot be imported \(No module named"),
+        ("meta", sys.executable, "untested on meta"),
+    ],
+)
+def test_why_not_compile(device, compiler, reason, machine, monkeypatch):
     machine(triton=False)
-    clear_caches()
-    assert explain_impl(row).reason == "the package triton is not installed"
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(ValueError, match=rf"^impl: .* got 'compile'; .*{reason}.*: use impl="):
+        choose("compile", torch.device(device), F32)
+    assert choose("auto", torch.device(device), F32).impl == "eager"
+
+
+def test_why_compile(machine, monkeypatch):
+    machine()
+    monkeypatch.setenv("CXX", sys.executable)
+    for device in ("cpu", "cuda"):
+        assert choose("compile", torch.device(device), F32) == ("compile", "it was asked for")
 
 
 @pytest.mark.parametrize(
@@ -509,6 +531,7 @@ def test_backward_follows_forward():
         assert_close([*parts, *grads], want)
 
 
+@needs_vmap
 def test_vmap_of_nothing_and_of_the_weight_alone():
     a = torch.full((0, 3, 5), 14.0)
     assert vmap(dirichlet_kl)(a, a).shape == (0, 3)

@@ -145,6 +145,7 @@ def other_cases() -> dict[str, Case]:
         "equal": Case(equal, equal),
         "equal beside others": Case(*together([equal[1:2]] * 2, list(distant))),
         "equal beyond the range": Case(*[torch.full((2, 1000), 85.0)] * 2),
+        "beyond the range": Case(*torch.tensor([[[100.0, 99, 98]], [[100, 99, 98 + 1e-5]]])),
         "C=1": Case(torch.tensor([[0.5], [15.0], [40.0]]), torch.tensor([[1.5], [15.1], [35.0]])),
         "weight 0": Case(*few, options={"log_weight": -torch.inf}),
         "clean": Case(*CLEAN),

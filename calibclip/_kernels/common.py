@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,9 @@ from torch import Tensor
 N_STATS = 12
 # The column that tells whose they are: 0 of the closed form, else the mark of another one.
 WHOSE = N_STATS - 1
+# Up to gaps of this size around their mean, and this ln(b_0 / a_0) beyond it, sums over classes
+# keep their digits without a look at both sets of probabilities.
+REACH, ETA = 16.0, math.log(2)
 
 
 def compute_dtype(first: Tensor, second: Tensor) -> torch.dtype:

@@ -1,6 +1,6 @@
 r"""The Dirichlet KL by ``torch.compile``: two fused functions for what CLIP's cosines come to.
 
-They hold for gaps that are not wide (``_REACH``, ``_ETA``) and for concentrations above
+They hold for gaps that are not wide (``REACH``, ``ETA``) and for concentrations above
 :math:`e^{12}` in float32, as at the paper's temperature; whether a call's are, forward finds out on
 its way. Others go to the eager closed form, of which these are the formulas. Compiling takes half a
 minute, once for a process and anew when the number of rows or classes changes for the first time;
@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from calibclip._kernels import closed_form, special
-from calibclip._kernels.common import N_STATS, WHOSE, compute_dtype
+from calibclip._kernels.common import ETA, N_STATS, REACH, WHOSE, compute_dtype
 
-# Up to gaps of this size, and this KL(p || q), the sums around the mean keep their digits.
-_REACH, _ETA = 16.0, 0.7
 # In the column of ``WHOSE``.
 _MARK = 2.0
 
@@ -66,9 +64,9 @@ def _forward(
     second_order = (1 + change) * squares + level + slope
     strength = torch.exp(log_a0 + d0 + log_weight)
     evidence = 0.5 * log_weight.exp() * (second_order - (change0 - d0))
-    holds = (reach < _REACH) & (anchor.abs() < _REACH)
+    holds = (reach < REACH) & (anchor.abs() < REACH)
     # Else digits cancel.
-    holds &= (eta < _ETA) & (eta.square() <= 4 * categorical)
+    holds &= (eta < ETA) & (eta.square() <= 4 * categorical)
     holds &= second_order >= 0.1 * (level + slope.abs())
     # What the loop of backward would compute again for every class is kept.
     columns = [anchor, eta, strength, u_top, 1 / total, change0]

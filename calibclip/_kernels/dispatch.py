@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
+import shutil
+import sys
 from functools import cache
 from types import ModuleType
 from typing import Literal, NamedTuple, get_args
@@ -25,6 +26,8 @@ _FILES = {
     "torch_distributions": "closed_form",
     "triton": "triton_rows",
 }
+# What torch.compile looks for unless the environment's CXX says otherwise.
+_COMPILERS = {"win32": "cl", "darwin": "clang++"}
 
 
 class ImplChoice(NamedTuple):
@@ -64,11 +67,14 @@ def choose(impl: str, device: torch.device, dtype: torch.dtype) -> ImplChoice:
         if obstacle is None:
             return ImplChoice("triton", f"the tensors are {dtype} on {device} and Triton is there")
         return ImplChoice("eager", obstacle)
+    obstacle = None
     if impl == "triton":
         obstacle = _against_triton(device, dtype)
-        if obstacle is not None:
-            remedy = f'{obstacle}: use impl="auto", which then is "eager"'
-            raise ValueError(wrong("impl", "an implementation that can run", repr(impl), remedy))
+    elif impl == "compile":
+        obstacle = _against_compiler(device.type)
+    if obstacle is not None:
+        remedy = f'{obstacle}: use impl="auto"'
+        raise ValueError(wrong("impl", "an implementation that can run", repr(impl), remedy))
     return ImplChoice(impl, "it was asked for")
 
 
@@ -76,21 +82,22 @@ def _against_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the Triton kernel cannot run, if so."""
     if dtype == torch.float64:
         return "the Triton kernel is for float32 and half precision, and an input is float64"
-    missing = _without_triton()
-    if missing is not None:
-        return missing
     if device.type != "cuda":
         if os.environ.get("TRITON_INTERPRET") == "1":  # as in its tests
-            return None
+            return _without_triton()
         return f"the tensors are on {device.type}, and the Triton kernel needs a CUDA device"
     if torch.version.hip is not None:
         return "the Triton kernel is tuned for NVIDIA's cards and untested on AMD's"
-    return _too_old(device)
+    return _too_old(device) or _without_triton()
 
 
 @cache
 def _without_triton() -> str | None:
-    return None if importlib.util.find_spec("triton") else "the package triton is not installed"
+    try:
+        load("triton")
+    except ImportError as error:
+        return f"the package triton cannot be imported ({error})"
+    return None
 
 
 @cache
@@ -98,4 +105,16 @@ def _too_old(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the card's compute capability is {major}.{minor}, and the kernel needs 8.0"
+    return None
+
+
+def _against_compiler(device_type: str) -> str | None:
+    """Return why ``torch.compile`` cannot make its code, if so."""
+    if device_type == "cuda":
+        return _without_triton()
+    if device_type != "cpu":
+        return f"the compiled form is untested on {device_type}"
+    compiler = os.environ.get("CXX", _COMPILERS.get(sys.platform, "g++"))
+    if shutil.which(compiler) is None:
+        return f"torch.compile needs a C++ compiler, and there is no {compiler}"
     return None

@@ -7,7 +7,7 @@ or be a Triton kernel. Operators would do for eager calls as well, if they did n
 millisecond longer.
 """
 
-from __future__ import annotations
+# No __future__ annotations: until PyTorch 2.5 operators read their schema from real ones.
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from calibclip._kernels import special
 from calibclip._kernels.common import N_STATS, compute_dtype, scalar_dtype
 from calibclip._kernels.dispatch import choose, load
-from calibclip._kernels.once import once_only
+from calibclip._kernels.once import once_only, refusal
 
 _REMEDY = 'dirichlet_kl(..., impl="torch_distributions") has one, in float64'
 
@@ -181,10 +181,7 @@ def _differentiate(ctx: Any, grad_shape: Tensor, grad_evidence: Tensor, _: Any) 
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> Any:
-    raise RuntimeError(
-        "this divergence can be differentiated once only: expected no create_graph, got a second "
-        f"derivative; {_REMEDY}"
-    )
+    raise refusal(_REMEDY)
 
 
 _operator.register_autograd(_differentiate, setup_context=_keep)

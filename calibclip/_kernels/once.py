@@ -32,7 +32,12 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "this divergence can be differentiated once only: expected no create_graph, got a "
-            f"second derivative; {ctx.remedy}"
-        )
+        raise refusal(ctx.remedy)
+
+
+def refusal(remedy: str) -> RuntimeError:
+    """Return the error of a second derivative."""
+    return RuntimeError(
+        "this divergence can be differentiated once only: expected no create_graph, got a second "
+        f"derivative; {remedy}"
+    )

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import math
 import struct
-from functools import cache
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from calibclip._kernels.common import N_STATS
+from calibclip._kernels.common import ETA, N_STATS, REACH
 from calibclip._kernels.triton_special import (
     LOG_6,
     curvature,
@@ -46,9 +46,8 @@ from calibclip._kernels.triton_special import (
 STATS: tl.constexpr = tl.constexpr(N_STATS)
 # Above it no Bernoulli number matters in float32, nor does a square of 1/a.
 _LARGE: tl.constexpr = tl.constexpr(-math.log(8 * 2**-23) - math.log(6))
-# Up to this spread of the gaps, and this growth, the sums around the mean keep their digits.
-_SPREAD: tl.constexpr = tl.constexpr(16.0)
-_GROWTH: tl.constexpr = tl.constexpr(1.0)
+_REACH: tl.constexpr = tl.constexpr(REACH)
+_GROWTH: tl.constexpr = tl.constexpr(math.expm1(ETA))
 
 
 @triton.jit
@@ -132,9 +131,9 @@ def _sum_rows(
     change = expm1(centre)
     level, slope = C * second_order(centre), change * plain
     over_d = (1 + change) * squares + level + slope
-    cancels = (over_d < 0.1 * (level + tl.abs(slope))) | (tl.abs(centre) > 16)
+    cancels = (over_d < 0.1 * (level + tl.abs(slope))) | (tl.abs(centre) > _REACH)
 
-    wide = (spread >= _SPREAD) | (growth >= _GROWTH)
+    wide = (spread >= _REACH) | (growth >= _GROWTH)
     out = stats + row * STATS
     tl.store(out, top.to(tl.float64))
     tl.store(out + 1, total.to(tl.float64))
@@ -265,6 +264,7 @@ def _finish(
     shape,
     evidence,
     rows,
+    C,
     scale,
     scale_low,
     shift,
@@ -301,6 +301,7 @@ def _finish(
     whole = tl.where(categorical <= 0, 0.0, strength * categorical)
     rest = classes - of_total
     rest = tl.where(classes == float("inf"), classes, tl.where(rest < 0, 0.0, rest))
+    rest = tl.where(C == 1, 0.0, rest)  # a single class has no divergence
     not_finite = gap_top * 0
     tl.store(shape + row, (whole + not_finite).to(tl.float32), mask=mask)
     tl.store(evidence + row, (rest + not_finite).to(tl.float32), mask=mask)
@@ -351,12 +352,9 @@ def _backward(
     smallest, wide = tl.load(kept + 6), tl.load(kept + 7) > 0
     v_top, q_total = tl.load(kept + 9).to(tl.float32), tl.load(kept + 10)
     upstream_shape = tl.load(grad_shape + row).to(tl.float64)
-    by_shape = tl.where(upstream_shape == 0, 0.0, upstream_shape * s * strength)
-    # Finite, so that equal predictions have no gradient even where the evidence overflows.
-    by_shape = tl.where(by_shape > 3.4e38, 3.4e38, by_shape)
-    by_shape = tl.where(by_shape < -3.4e38, -3.4e38, by_shape).to(tl.float32)
+    by_shape = tl.where(upstream_shape == 0, 0.0, upstream_shape * s * strength).to(tl.float32)
     by_evidence = (tl.load(grad_evidence + row).to(tl.float64) * s).to(tl.float32)
-    by_evidence = tl.where(C == 1, 0.0, by_evidence)  # a single class has no divergence
+    by_evidence = tl.where(C == 1, 0.0, by_evidence)
     gap_top32, beyond32 = gap_top.to(tl.float32), beyond.to(tl.float32)
     p_scale, q_scale = (1 / total).to(tl.float32), (1 / q_total).to(tl.float32)
 
@@ -426,7 +424,7 @@ def _launch(n_classes: int) -> dict[str, int]:
     return {"BLOCK": 128 * n, "SMALL": 32 * n, "num_warps": n, "maxnreg": 64}
 
 
-@cache
+@lru_cache(maxsize=64)
 def _two_floats(number: float) -> tuple[float, float]:
     """Split a number into float32s, since Triton passes no wider ones."""
     high = struct.unpack("f", struct.pack("f", number))[0]
@@ -451,7 +449,7 @@ def forward(
                 first, second, *strides, log_weight, stats, n_classes, *numbers, **launch
             )
             _finish[(triton.cdiv(rows, 32),)](
-                stats, log_weight, shape, evidence, rows, *numbers, BLOCK=32, num_warps=1
+                stats, log_weight, shape, evidence, rows, n_classes, *numbers, BLOCK=32, num_warps=1
             )
     return shape, evidence, stats
 
