@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from calibclip._kernels import small, special
-from calibclip._kernels.common import N_STATS, compute_dtype, scalar_dtype
+from calibclip._kernels.common import N_STATS, POOR, compute_dtype, scalar_dtype
 
 # Elements per block of rows, so that the temporaries of a huge call stay small; fewer would cost
 # more, since an operation has its price however little it works on.
@@ -197,8 +197,8 @@ class _Divergence(NamedTuple):
         return cls(eta, centre, reach, categorical, of_centre, of_d0)
 
     def is_poor(self) -> bool:
-        """Return whether some row's divergence is a difference of two numbers much larger."""
-        return bool((self.eta.square() > 4 * self.categorical).any())
+        """Return whether in some row the changes of the probabilities are not told well."""
+        return bool((self.eta.abs() > POOR * self.categorical).any())
 
 
 class _Totals(NamedTuple):

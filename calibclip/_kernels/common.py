@@ -14,6 +14,9 @@ WHOSE = N_STATS - 1
 # Up to gaps of this size around their mean, and this ln(b_0 / a_0) beyond it, sums over classes
 # keep their digits without a look at both sets of probabilities.
 REACH, ETA = 16.0, math.log(2)
+# And a row is divided well around a number near its gaps while what is left of ln(b_0 / a_0), which
+# rounding blurs, is within so many times KL(q || p): ln(q_k / p_k) may be as small as that.
+POOR = 8.0
 
 
 def compute_dtype(first: Tensor, second: Tensor) -> torch.dtype:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from calibclip._kernels import closed_form, special
-from calibclip._kernels.common import ETA, N_STATS, REACH, WHOSE, compute_dtype
+from calibclip._kernels.common import ETA, N_STATS, POOR, REACH, WHOSE, compute_dtype
 
 # In the column of ``WHOSE``.
 _MARK = 2.0
@@ -65,8 +65,8 @@ def _forward(
     strength = torch.exp(log_a0 + d0 + log_weight)
     evidence = 0.5 * log_weight.exp() * (second_order - (change0 - d0))
     holds = (reach < REACH) & (anchor.abs() < REACH)
-    # Else digits cancel.
-    holds &= (eta < ETA) & (eta.square() <= 4 * categorical)
+    # Else digits are lost.
+    holds &= (eta < ETA) & (eta.abs() <= POOR * categorical)
     holds &= second_order >= 0.1 * (level + slope.abs())
     # What the loop of backward would compute again for every class is kept.
     columns = [anchor, eta, strength, u_top, 1 / total, change0]
