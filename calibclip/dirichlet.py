@@ -8,6 +8,7 @@ reaches :math:`e^{28}` at the paper's T = 0.07, where textbook formulas lose eve
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -23,7 +24,7 @@ from calibclip._checks import (
     wrong,
 )
 from calibclip._kernels import dirichlet_kl_parts
-from calibclip._kernels.common import compute_dtype
+from calibclip._kernels.common import compute_dtype, scalar_dtype
 from calibclip._kernels.dispatch import IMPLEMENTATIONS, ImplChoice, Implementation, choose
 from calibclip._kernels.special import smallest
 
@@ -40,15 +41,31 @@ REDUCTIONS = get_args(Reduction)
 
 
 def float32_product(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """Multiply ``(B, D)`` by ``(C, D)`` transposed in full float32, whatever the user's settings.
-
-    Autocast would round the factors to half precision, and a lowered
-    ``torch.set_float32_matmul_precision`` to 10 bits or fewer: then the product is in float64.
-    """
+    """Multiply ``(B, D)`` by ``(C, D)`` transposed in full float32, whatever the settings are."""
     dtype = torch.promote_types(image_features.dtype, text_features.dtype)
-    exact = torch.float64 if torch.get_float32_matmul_precision() != "highest" else dtype
-    with torch.autocast(image_features.device.type, enabled=False):
+    exact = exact_dtype(dtype, image_features.device)
+    with without_autocast(image_features.device):
         return (image_features.to(exact) @ text_features.to(exact).T).to(dtype)
+
+
+def exact_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return what to multiply in for products good to ``dtype``.
+
+    That is ``dtype`` itself, unless the user has lowered the precision of float32 products to 10
+    bits or fewer. Then it is float64, if the device has it.
+    """
+    try:
+        lowered = torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # torch.backends has settings for each backend, and one is lower
+        lowered = True
+    return torch.promote_types(dtype, scalar_dtype(device)) if lowered else dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Keep autocast from rounding factors to half precision; not every device has it."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def cosine_similarity(image_features: Tensor, text_features: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from calibclip import (
     cosine_similarity,
     log_concentration,
 )
+from calibclip.dirichlet import exact_dtype
 
 F32, F64 = torch.float32, torch.float64
 
@@ -216,6 +217,38 @@ def test_cosines_do_not_follow_a_lowered_matmul_precision(precision):
         torch.set_float32_matmul_precision(before)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-7)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch 2.9")
+@pytest.mark.parametrize(("backend", "precision"), [("cuda", "tf32"), ("mkldnn", "bf16")])
+def test_cosines_do_not_follow_a_backends_lowered_precision(backend, precision):
+    """PyTorch then refuses to tell ``get_float32_matmul_precision``."""
+    image, text = torch.randn(2, 4, 512, generator=torch.Generator().manual_seed(0))
+    want = cosine_similarity(image.double(), text.double())
+    matmul = getattr(torch.backends, backend).matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = precision
+        assert exact_dtype(torch.float32, image.device) == torch.float64
+        got = cosine_similarity(image, text)
+    finally:
+        matmul.fp32_precision = before
+    assert exact_dtype(torch.float32, image.device) == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-7)
+
+
+def test_a_device_without_float64_multiplies_in_what_it_has():
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert exact_dtype(torch.float32, torch.device("mps")) == torch.float32
+        assert exact_dtype(torch.float32, torch.device("cuda")) == torch.float64
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_cosines_on_a_device_without_autocast():
+    image, text = (torch.ones(n, 3, device="meta") for n in (2, 4))
+    assert cosine_similarity(image, text).shape == (2, 4)
 
 
 def test_cosines_of_features_on_two_devices():

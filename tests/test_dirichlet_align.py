@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 
 import numpy as np
 import oracles
@@ -691,6 +692,14 @@ def test_bad_options(options, error, message):
         dirichlet_align_loss(ADV, REF, TARGET, **options)
     with pytest.raises(error, match=message):
         DirichletAlignLoss(**options)
+
+
+@pytest.mark.parametrize("number", [np.float32, Fraction], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", ["logit_scale", "temperature", "weight", "relative_weight"])
+def test_numbers_of_any_kind(number, name):
+    inputs = clip_logits(3, 5)
+    found = dirichlet_align_loss(*inputs, **{name: number(8)})
+    assert found == dirichlet_align_loss(*inputs, **{name: 8.0})
 
 
 def test_detach_ref_is_a_bool():

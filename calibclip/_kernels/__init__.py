@@ -50,7 +50,8 @@ def dirichlet_kl_gradient(
     log_weight: Tensor,
     reverse: bool,
     impl: Implementation,
-) -> tuple[Tensor, Tensor]:
+    with_gradient: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Return the weighted KL of every row and its gradient in the first argument, at once.
 
     ``reverse`` puts the reference second, as in the paper. Nothing is recorded for autograd.
@@ -62,6 +63,8 @@ def dirichlet_kl_gradient(
     kernel = load(choose(impl, cosines.device, compute_dtype(*pair)).impl)
     with torch.no_grad():
         shape, evidence, stats = kernel.forward(*pair, scale, shift, log_weight)
+        if not with_gradient:
+            return shape + evidence, None
         ones = torch.ones_like(shape)
         grads = kernel.backward(
             ones, ones, *pair, stats, scale, shift, log_weight, (reverse, not reverse)

@@ -91,7 +91,7 @@ def dirichlet_align_terms(
     upcast, _ = check_logits(logits_adv=logits_adv, logits_ref=logits_ref)
     if target is not None:
         check_labels(target, upcast)
-    check_options(
+    options = check_options(
         "weight",
         "relative_weight",
         logit_scale=logit_scale,
@@ -102,6 +102,8 @@ def dirichlet_align_terms(
         detach_ref=detach_ref,
         reduction=reduction,
     )
+    logit_scale, temperature = options["logit_scale"], options["temperature"]
+    weight, relative_weight = options["weight"], options["relative_weight"]
     check_one_weight(weight, relative_weight)
     if detach_ref:
         logits_ref = logits_ref.detach()
@@ -109,11 +111,11 @@ def dirichlet_align_terms(
     # KL / mean alpha_0(ref) has ordinary size whatever T, C and the model's cosines are, while
     # alpha_0 itself may not fit float32; so that ratio is what the kernel computes.
     log_mean = log_mean_strength(log_strength(logits_ref.detach(), logit_scale, temperature))
-    log_effective_weight = log_mean.clone()
-    if relative_weight is not None:
-        log_effective_weight.fill_(_log(relative_weight))
-    else:
-        log_effective_weight += paper_log_weight(temperature) if weight is None else _log(weight)
+    log_effective_weight = torch.full_like(
+        log_mean, log_weight(temperature, weight, relative_weight)
+    )
+    if relative_weight is None:
+        log_effective_weight += log_mean
     pair = (logits_adv, logits_ref) if direction == "reverse" else (logits_ref, logits_adv)
     shape, evidence = dirichlet_kl_parts(
         *pair,
@@ -285,8 +287,21 @@ class DirichletAlignLoss(LossModule):
         return self.terms(logits_adv, logits_ref, target).total
 
 
-def _log(weight: float) -> float:
-    return math.log(weight) if weight > 0 else -math.inf
+def log_weight(temperature: float, weight: float | None, relative_weight: float | None) -> float:
+    """Return the logarithm of the one weight that counts: the given one, or the paper's.
+
+    Args:
+        temperature: T > 0.
+        weight: ``None`` if not given.
+        relative_weight: Likewise; still to be divided by the mean strength.
+
+    Returns:
+        A number, -infinity for a weight of 0.
+    """
+    given = weight if relative_weight is None else relative_weight
+    if given is None:
+        return paper_log_weight(temperature)
+    return math.log(given) if given > 0 else -math.inf
 
 
 def log_mean_strength(rows: Tensor) -> Tensor:

@@ -2,8 +2,8 @@ r"""The paper's objective from features, without the B×C matrix of logits ever 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,18 +20,19 @@ from calibclip._checks import (
     describe,
     wrong,
 )
-from calibclip._kernels import dirichlet_kl_gradient, scalar_dtype
-from calibclip._kernels.dispatch import Implementation
+from calibclip._kernels import dirichlet_kl_gradient, scalar_dtype, special
+from calibclip._kernels.dispatch import Implementation, choose
 from calibclip._kernels.once import once_only
+from calibclip.dirichlet import exact_dtype, without_autocast
 from calibclip.losses._shell import Direction, check_options
 from calibclip.losses.dirichlet_align import (
     check_one_weight,
     log_mean_strength,
     log_strength,
-    paper_log_weight,
+    log_weight,
 )
 
-# Cosines of a chunk, unless its rows are given: three such matrices exist at a time.
+# Cosines of a chunk, unless its rows are given: about seven such matrices exist at a time.
 _CHUNK = 1 << 20
 
 
@@ -70,11 +71,11 @@ def linear_dirichlet_align(
                                         \mathrm{Dir}(\alpha_{\mathrm{ref}})\big),
         \qquad c_{ik} = \frac{\langle f_i, t_k\rangle}{\lVert f_i\rVert\,\lVert t_k\rVert}
 
-    For many classes: at B = 4,096 and C = 21,841 each B×C matrix takes 340 MiB, and the loss of
-    logits needs three. Here the gradients in the features are computed together with the loss,
-    chunk by chunk, so that backward only scales them. Products and sums are in float32, also for
-    features in half precision, under autocast, and next to a lowered
-    ``torch.set_float32_matmul_precision``.
+    For many classes: at B = 4,096 and C = 21,841 each B×C matrix takes 340 MiB. The loss of logits
+    keeps three of them for its backward, and five exist at its peak. Here the gradients in the
+    features are computed together with the loss, chunk by chunk, so that backward only scales
+    them. Products and sums are in float32, also for features in half precision, under autocast,
+    and next to a lowered precision of matrix products.
 
     Args:
         features_adv: Trained model's features of the attacked images, ``(B, D)``, any length.
@@ -95,14 +96,17 @@ def linear_dirichlet_align(
         impl: As for ``dirichlet_kl``, ``"torch_distributions"`` excepted.
 
     Returns:
-        0-d, float32 (float64 for float64 features or ``impl="reference"``). Equal to
-        ``dirichlet_align_loss`` of ``logit_scale`` times the cosines but for rounding. A second
-        derivative raises ``RuntimeError``.
+        0-d, float32 (float64 if any features are, or for ``impl="reference"``). Equal to
+        ``dirichlet_align_loss`` of ``logit_scale`` times the cosines but for rounding. An image
+        whose weighted KL does not fit the dtype makes the loss infinite, and NaN the gradients in
+        itself and in the texts, not those in other images. ``torch.compile`` breaks the graph here
+        and gets the same values.
 
     Raises:
         TypeError: Features that are not floating-point tensors, a target that is not int64.
         ValueError: Shapes or devices that differ, labels out of range (checked on a CPU only), an
             option out of range, both weights given.
+        RuntimeError: A transform of ``torch.func`` is at work, or a second derivative is used.
 
     Example:
         >>> from calibclip import cosine_similarity, dirichlet_align_loss
@@ -119,9 +123,16 @@ def linear_dirichlet_align(
         https://arxiv.org/abs/2410.10989.
     """
     _check_features(features_adv, features_ref, text_features, text_features_ref)
+    given = (features_adv, features_ref, text_features, text_features_ref, target)
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    if not torch.compiler.is_compiling() and special.is_wrapped(*tensors):
+        raise RuntimeError(
+            "linear_dirichlet_align: expected tensors of torch.autograd, got those of a transform "
+            "of torch.func; use torch.autograd.grad, or torch.func.vmap of dirichlet_align_loss"
+        )
     if target is not None:
         check_target(target, len(features_adv), len(text_features), features_adv.device)
-    check_options(
+    checked = check_options(
         "weight",
         "relative_weight",
         logit_scale=logit_scale,
@@ -135,31 +146,22 @@ def linear_dirichlet_align(
     if impl == "torch_distributions":
         raise ValueError(wrong("impl", "an exact implementation", repr(impl), 'use "auto"'))
     check_one_weight(weight, relative_weight)
-    rows = max(1, _CHUNK // max(1, len(text_features)))
+    rows = max(1, _CHUNK // len(text_features))
     if chunk_rows is not None:
-        check_count("chunk_rows", chunk_rows, at_least=1)
-        rows = chunk_rows
-    dtype = torch.promote_types(features_adv.dtype, torch.float32)
-    dtype = torch.promote_types(dtype, text_features.dtype)
-    options = _Options(
-        logit_scale,
-        temperature,
-        relative_weight,
-        weight,
-        direction,
-        reduction == "mean",
-        rows,
-        impl,
-    )
-    text_ref = text_features if text_features_ref is None else text_features_ref
-    with torch.autocast(features_adv.device.type, enabled=False):
+        rows = check_count("chunk_rows", chunk_rows, at_least=1)
+    floating = (x.dtype for x in tensors if x is not target)
+    dtype = reduce(torch.promote_types, floating, torch.float32)
+    checked["impl"] = choose(impl, features_adv.device, dtype).impl
+    options = _Options(**checked, mean=reduction == "mean", rows=rows)
+    text_ref = None
+    if text_features_ref is not None and text_features_ref is not text_features:
+        text_ref = text_features_ref.detach()
+    with without_autocast(features_adv.device):
         image = F.normalize(features_adv.to(dtype), dim=-1)
         text = text_features
         if text.requires_grad:
             text = F.normalize(text.to(dtype), dim=-1)
-        return _LinearAlign.apply(
-            image, features_ref.detach(), text, text_ref.detach(), target, options
-        )
+        return _LinearAlign.apply(image, features_ref.detach(), text, text_ref, target, options)
 
 
 def _check_features(
@@ -168,6 +170,9 @@ def _check_features(
     check_floating("features_adv", features_adv, shape="(B, D)", ndim=2)
     check_floating("features_ref", features_ref, shape="(B, D)", ndim=2)
     check_floating("text_features", text, shape="(C, D)", ndim=2)
+    if len(text) == 0:
+        expected = "a floating-point tensor of shape (C, D), the first size >= 1"
+        raise ValueError(wrong("text_features", expected, describe(text)))
     check_same_shape("features_ref", features_ref, "features_adv", features_adv)
     if text.shape[1] != features_adv.shape[1]:
         expected = f"features of size {features_adv.shape[1]}, as features_adv"
@@ -184,24 +189,28 @@ class _Texts:
     def __init__(self, text: Tensor, dtype: torch.dtype) -> None:
         norms = torch.linalg.vector_norm(text, dim=-1, dtype=dtype)
         self.inverse = 1 / norms.clamp(min=1e-12)
-        # A lowered precision of matrix products must not reach the cosines.
-        exact = torch.float64 if torch.get_float32_matmul_precision() != "highest" else dtype
-        self.text, self.dtype = text.to(exact), dtype
+        self.exact, self.dtype = exact_dtype(dtype, text.device), dtype
+        self.text = text.to(self.exact)
 
     def cosines(self, image: Tensor) -> Tensor:
         """Return the cosines of images of unit length."""
-        return (image.to(self.text.dtype) @ self.text.T).to(self.dtype).mul_(self.inverse)
+        return (image.to(self.exact) @ self.text.T).to(self.dtype).mul_(self.inverse)
 
     def cosines_of_any(self, image: Tensor) -> Tensor:
         """Return the cosines of images of any length."""
         return self.cosines(F.normalize(image.to(self.dtype), dim=-1))
 
     def to_images(self, gradient: Tensor) -> Tensor:
-        return (gradient.mul_(self.inverse).to(self.text.dtype) @ self.text).to(self.dtype)
+        """Return the gradient in the images; overwrites the one in the cosines."""
+        return (gradient.mul_(self.inverse).to(self.exact) @ self.text).to(self.dtype)
 
 
 class _LinearAlign(torch.autograd.Function):
-    """(image, ref, text, text_ref, target, options) -> loss; ``image`` has unit length."""
+    """(image, ref, text, text_ref, target, options) -> loss.
+
+    ``image`` has unit length, and ``text`` if it is differentiated. ``text_ref`` is ``None`` if it
+    is the same.
+    """
 
     @staticmethod
     def forward(
@@ -209,21 +218,19 @@ class _LinearAlign(torch.autograd.Function):
         image: Tensor,
         ref: Tensor,
         text: Tensor,
-        text_ref: Tensor,
+        text_ref: Tensor | None,
         target: Tensor | None,
         options: _Options,
     ) -> Tensor:
         """Compute the loss and the gradients that are needed."""
         need_image, _, need_text, *_ = ctx.needs_input_grad
         texts = _Texts(text, image.dtype)
-        texts_ref = (
-            texts if text_ref.data_ptr() == text.data_ptr() else _Texts(text_ref, image.dtype)
-        )
-        log_weight = _log_weight(ref, texts_ref, options)
+        texts_ref = texts if text_ref is None else _Texts(text_ref, image.dtype)
+        log_lambda = _log_lambda(ref, texts_ref, options)
         wide = scalar_dtype(image.device)
         total = torch.zeros((), dtype=wide, device=image.device)
         grad_image = torch.empty_like(image) if need_image else None
-        grad_text = torch.zeros_like(texts.text, dtype=image.dtype) if need_text else None
+        grad_text = torch.zeros_like(texts.text) if need_text else None
         for part in _chunks(len(image), options.rows):
             cosines = texts.cosines(image[part])
             values, gradient = dirichlet_kl_gradient(
@@ -231,15 +238,18 @@ class _LinearAlign(torch.autograd.Function):
                 texts_ref.cosines_of_any(ref[part]),
                 scale=1 / options.temperature,
                 shift=1 / options.temperature,
-                log_weight=log_weight,
+                log_weight=log_lambda,
                 reverse=options.direction == "reverse",
                 impl=options.impl,
+                with_gradient=need_image or need_text,
             )
             total += values.sum(dtype=wide)
             if target is not None:
                 total += _add_cross_entropy(cosines, target[part], options.logit_scale, gradient)
+            if gradient is None:
+                continue
             if grad_text is not None:
-                grad_text.addmm_(gradient.T, image[part])
+                grad_text.addmm_(gradient.to(texts.exact).T, image[part].to(texts.exact))
             if grad_image is not None:
                 grad_image[part] = texts.to_images(gradient)
         if options.mean:
@@ -266,29 +276,28 @@ def _chunks(rows: int, size: int) -> Iterator[slice]:
     return (slice(start, min(rows, start + size)) for start in range(0, rows, size))
 
 
-def _log_weight(ref: Tensor, texts: _Texts, options: _Options) -> Tensor:
+def _log_lambda(ref: Tensor, texts: _Texts, options: _Options) -> Tensor:
     """Return the logarithm of the KL's weight, 0-d."""
+    number = log_weight(options.temperature, options.weight, options.relative_weight)
+    log_lambda = torch.full((), number, dtype=scalar_dtype(ref.device), device=ref.device)
     if options.relative_weight is None:
-        log_weight = paper_log_weight(options.temperature)
-        if options.weight is not None:
-            log_weight = math.log(options.weight) if options.weight > 0 else -math.inf
-        return torch.full((), log_weight, dtype=scalar_dtype(ref.device), device=ref.device)
-    strengths = [torch.zeros(0, dtype=scalar_dtype(ref.device), device=ref.device)]
+        return log_lambda
+    strengths = [log_lambda.new_empty(0)]
     for part in _chunks(len(ref), options.rows):
         cosines = texts.cosines_of_any(ref[part])
         strengths.append(log_strength(cosines, 1.0, options.temperature))
-    weight = options.relative_weight
-    log_weight = math.log(weight) if weight > 0 else -math.inf
-    return log_weight - log_mean_strength(torch.cat(strengths))
+    return log_lambda - log_mean_strength(torch.cat(strengths))
 
 
 def _add_cross_entropy(
-    cosines: Tensor, target: Tensor, logit_scale: float, gradient: Tensor
+    cosines: Tensor, target: Tensor, logit_scale: float, gradient: Tensor | None
 ) -> Tensor:
-    """Return the sum of the cross-entropies and add its gradient; overwrites the cosines."""
+    """Return the sum of the cross-entropies, and add its gradient; overwrites the cosines."""
     log_probs = torch.log_softmax(cosines.mul_(logit_scale), -1)
     chosen = target[:, None]
     total = -log_probs.gather(-1, chosen).sum(dtype=scalar_dtype(cosines.device))
+    if gradient is None:
+        return total
     gradient.add_(log_probs.exp_(), alpha=logit_scale)
     minus = torch.full_like(chosen, -logit_scale, dtype=gradient.dtype)
     gradient.scatter_add_(-1, chosen, minus)
