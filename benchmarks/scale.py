@@ -2,8 +2,8 @@
 
     python benchmarks/scale.py
 
-Nothing here is a measurement of time. The bytes that logits and losses move are counted from the
-operations that PyTorch runs on a small batch; all else is arithmetic.
+Nothing here is a measurement of time. The bytes that logits and losses move and keep are counted
+from what PyTorch does with a small batch; all else is arithmetic.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +19,7 @@ from unittest.mock import patch
 import torch
 from _report import table
 from _timing import peak_bytes
-from dirichlet_kl import SWEEPS, clip_like, published, saved_matrices, step
+from dirichlet_kl import SWEEPS
 from torch import Tensor, nn
 from torch.distributions import Dirichlet, kl_divergence
 from torch.nn import functional as F
@@ -36,11 +37,11 @@ from calibclip import (
 from calibclip import _kernels as kernels
 from calibclip._kernels import function, special
 from calibclip._kernels.common import N_STATS
+from calibclip.losses.linear_align import _CHUNK
 
 # The job
 CLASSES, BATCH, GPUS, NODE = 21_841, 32_768, 64, 8
 LOCAL, MICRO, STEPS = BATCH // GPUS, 128, 2
-CHUNK = 1 << 21  # cosines at a time, as linear_dirichlet_align cuts the batch
 # ViT-L/14 at 224 pixels, and its text encoder
 PATCH, TOKENS, WIDTH, LAYERS, DIM = 14, 257, 1024, 24, 768
 TEXT_TOKENS, TEXT_WIDTH, TEXT_LAYERS = 77, 768, 12
@@ -132,9 +133,13 @@ def without_kernel() -> Iterator[None]:
         yield
 
 
-def sweeps(of: Callable[[ZeroShotClassifier, Tensor, Tensor], object]) -> float:
-    """Return what a small call reads and writes, in float32 matrices of batch by classes."""
-    batch, classes = 64, 1000
+Pass = Callable[[ZeroShotClassifier, Tensor, Tensor], object]
+ROWS, COLUMNS = 64, 1000  # of the small batch
+
+
+def small() -> tuple[ZeroShotClassifier, Tensor, Tensor]:
+    """Return a classifier whose encoder is next to nothing, images and labels."""
+    batch, classes = ROWS, COLUMNS
     generator = torch.Generator().manual_seed(0)
     # Cosines of CLIP's range, around 0.25: a feature is the first axis and a little of the others.
     others = F.normalize(torch.randn(classes, 3, generator=generator), dim=1)
@@ -154,10 +159,35 @@ def sweeps(of: Callable[[ZeroShotClassifier, Tensor, Tensor], object]) -> float:
         std=(1.0, 1.0, 1.0),
     )
     images = torch.rand(batch, 3, 2, 2, generator=generator)
-    target = torch.randint(classes, (batch,), generator=generator)
-    with Traffic(batch * classes // 2) as traffic:
+    return classifier, images, torch.randint(classes, (batch,), generator=generator)
+
+
+def sweeps(of: Pass) -> float:
+    """Return what a small call reads and writes, in float32 matrices of batch by classes."""
+    with Traffic(ROWS * COLUMNS // 2) as traffic:
+        of(*small())
+    return traffic.bytes / (4 * ROWS * COLUMNS)
+
+
+def kept(of: Pass) -> int:
+    """Count the matrices of batch by classes that wait for backward: logits, and what is saved."""
+    found: dict[int, Tensor] = {}  # holds the tensors: a storage's address must not be used again
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.numel() >= ROWS * COLUMNS:
+            found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    classifier, images, target = small()
+    classifier.register_forward_hook(lambda *call: keep(call[-1]))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         of(classifier, images, target)
-    return traffic.bytes / (4 * batch * classes)
+    return len(found)
+
+
+def peak(of: Pass, rows: int = ROWS) -> int:
+    """Count the float32 matrices of rows by classes that a small call holds at most."""
+    return round(peak_bytes(lambda: of(*small())) / (4 * rows * COLUMNS))  # features are small
 
 
 def attack_step(classifier: ZeroShotClassifier, images: Tensor, target: Tensor) -> None:
@@ -174,11 +204,13 @@ def aligned(classifier: ZeroShotClassifier, images: Tensor, target: Tensor) -> N
     DirichletAlignLoss()(classifier(images), reference, target).backward()
 
 
-def linear(classifier: ZeroShotClassifier, images: Tensor, target: Tensor) -> None:
+def linear(
+    classifier: ZeroShotClassifier, images: Tensor, target: Tensor, chunk_rows: int | None = None
+) -> None:
     with torch.no_grad():
         reference = classifier.embed(images.flip(0))
-    features = classifier.embed(images)
-    linear_dirichlet_align(features, reference, classifier.text_features, target).backward()
+    features, text = classifier.embed(images), classifier.text_features
+    linear_dirichlet_align(features, reference, text, target, chunk_rows=chunk_rows).backward()
 
 
 def by_distributions(classifier: ZeroShotClassifier, images: Tensor, target: Tensor) -> None:
@@ -302,9 +334,24 @@ def _print_memory() -> None:
         ],
         ["the same with a checkpoint per block", "(2 L + 32) N d"]
         + [size((2 * LAYERS + 32) * TOKENS * WIDTH * images) for images in (LOCAL, MICRO)],
-        ["weights, gradients, AdamW, float32; DDP", "16 P", *[size(16 * PARAMETERS)] * 2],
-        ["the same; FSDP2", "16 P / R", *[size(16 * PARAMETERS / GPUS)] * 2],
-        ["frozen reference, bfloat16", "2 P", *[size(2 * PARAMETERS)] * 2],
+        ["DDP: weights, gradients, AdamW, float32", "16 P", *[size(16 * PARAMETERS)] * 2],
+        [
+            "DDP: buckets, unless `gradient_as_bucket_view=True`",
+            "4 P",
+            *[size(4 * PARAMETERS)] * 2,
+        ],
+        [
+            "FSDP2: weights, gradients, AdamW, float32",
+            "16 P / R",
+            *[size(16 * PARAMETERS / GPUS)] * 2,
+        ],
+        ["FSDP2: gradients of micro-batches, exchanged once", "4 P", "-", size(4 * PARAMETERS)],
+        [
+            "weights in bfloat16: of autocast, of FSDP2 if gathered once",
+            "2 P",
+            *[size(2 * PARAMETERS)] * 2,
+        ],
+        ["frozen reference, a copy in float32", "4 P", *[size(4 * PARAMETERS)] * 2],
         ["text features, float32", "4 C D", *[size(4 * CLASSES * DIM)] * 2],
         ["a matrix of logits, float32", "4 b C"]
         + [size(4 * CLASSES * images) for images in (LOCAL, MICRO)],
@@ -331,20 +378,17 @@ def _print_logits_and_loss() -> tuple[float, float]:
     ]
     table(["b C matrices read and written", "number", "bytes", "at 3.35 TB/s"], rows)
 
-    inputs = clip_like(256, 1000, "cpu")
-    saved = saved_matrices(published, inputs)
-    most = peak_bytes(lambda: step(published, *inputs)) / inputs[0].nbytes
-    features = 4 * LOCAL * DIM
+    with without_kernel():
+        matrices = {"DirichletAlignLoss": (kept(aligned), peak(aligned))}
+        chunk = peak(partial(linear, chunk_rows=ROWS // 2), ROWS // 2)
+    matrices["torch.distributions"] = kept(by_distributions), peak(by_distributions)
     rows = [
-        ["logits, KL by Triton", "2", size(2 * LOGITS), size(3 * LOGITS)],
-        [
-            "logits, KL by torch.distributions",
-            f"{2 + saved}",
-            size((2 + saved) * LOGITS),
-            size((2 + most) * LOGITS),
-        ],
-        ["linear_dirichlet_align", "0", size(2 * features), size(3 * 4 * CHUNK + 2 * features)],
+        [f"{name}, with its logits", f"{waiting}", size(waiting * LOGITS), size(most * LOGITS)]
+        for name, (waiting, most) in matrices.items()
     ]
+    features = 2 * 4 * LOCAL * DIM  # of unit length, and their gradient
+    chunks = size(features + chunk * 4 * _CHUNK)
+    rows.append(["linear_dirichlet_align", "0", size(features), chunks])
     table(["memory of a step's loss", "b C matrices kept", "bytes", "at the peak"], rows)
 
     products = {
@@ -395,17 +439,23 @@ def _print_exchange() -> float:
 
 def _print_text() -> None:
     once = CLASSES * TEXT_FORWARD
-    again = (STEPS + 1) * once
+    again, back = (STEPS + 2) * once, 2 * (STEPS + 1) * once
     rows = [
         ["prompts, encoded once", "C F_text", work(once), seconds(once / BF16)],
         [
             "encoded again in each pass of each step",
-            "(k + 1) C F_text",
+            "(k + 2) C F_text",
             work(again),
             seconds(again / BF16),
         ],
+        [
+            "more, if the way back reaches its weights",
+            "2 (k + 1) C F_text",
+            work(back),
+            seconds(back / BF16),
+        ],
     ]
-    table(["text encoder, frozen", "FLOPs", "a GPU", "at 600 TFLOP/s"], rows)
+    table(["text encoder", "FLOPs", "a GPU", "at 600 TFLOP/s"], rows)
 
 
 def _print_metrics() -> None:

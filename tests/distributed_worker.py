@@ -14,6 +14,7 @@ import sys
 import warnings
 from contextlib import redirect_stdout
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from unittest.mock import patch
 
@@ -22,10 +23,11 @@ import torch.distributed as dist
 from test_zero_shot import from_clip, tiny_clip
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from calibclip import (
     APGD,
@@ -44,7 +46,7 @@ from calibclip import (
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
-importlib.import_module("_digits")  # which the example needs: once, before the fork
+_digits = importlib.import_module("_digits")  # which the example needs: once, before the fork
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.rand(8, 3, 32, 32, generator=GENERATOR)
@@ -153,26 +155,28 @@ def losses(reference):
     }
 
 
-def check_ddp_gradients():
-    reference, found = classifier(seed=1).requires_grad_(False), {}
-    model = classifier()
-    ddp = DistributedDataParallel(Embed(model))
+def gradients_of(loss, model, embed, *shares):
+    model.zero_grad()
+    for rows in shares:
+        (loss(model, embed, rows) / len(shares)).backward()
+    return gradients(model)
+
+
+def check_gradients():
+    reference, alone = classifier(seed=1).requires_grad_(False), classifier()
+    replica, sharded = classifier(), shard(classifier())
+    wrapped = {
+        "ddp": (replica, DistributedDataParallel(Embed(replica))),
+        "fsdp": (sharded, sharded.embed),
+    }
+    found = {wrapper: {} for wrapper in wrapped}
     for name, loss in losses(reference).items():
-        model.zero_grad()
-        loss(model, ddp, MINE).backward()
-        mine = gradients(model)
-        model.zero_grad()
-        loss(model, model.embed, ALL).backward()
-        joined = gradients(model)
-        model.zero_grad()
-        for rows in HALVES:
-            (loss(model, model.embed, rows) / 2).backward()
-        found[name] = {
-            "joined": distance(mine, joined),
-            "mean of ranks": distance(mine, gradients(model)),
-        }
-        if name == "relative_weight by hand":  # in which the ranks must meet
-            del found[name]["mean of ranks"]
+        expected = {"joined": gradients_of(loss, alone, alone.embed, ALL)}
+        if name != "relative_weight by hand":  # in which the ranks must meet
+            expected["mean of ranks"] = gradients_of(loss, alone, alone.embed, *HALVES)
+        for wrapper, (model, embed) in wrapped.items():
+            mine = gradients_of(loss, model, embed, MINE)
+            found[wrapper][name] = {of: distance(mine, apart) for of, apart in expected.items()}
     return found
 
 
@@ -198,6 +202,42 @@ def step(model, attacked, train, reference, rows):
     return images_adv
 
 
+class Gathers(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "allgather" in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def accumulate(model, reference, rows):
+    """Do what ``step`` does in two parts, FSDP2's weights gathered and gradients exchanged once.
+
+    Return the attacked images, and how often a step gathers a weight.
+    """
+    align = DirichletAlignLoss(model.logit_scale)
+    optimizer = torch.optim.SGD(visual(model), lr=1e-3, momentum=0.9)
+    images, tower, middle = IMAGES.double(), model.model.visual, (rows.start + rows.stop) // 2
+    parts = slice(rows.start, middle), slice(middle, rows.stop)
+    tower.set_reshard_after_forward(False)
+    with Gathers() as gathers:
+        for _ in range(2):
+            optimizer.zero_grad()
+            tower.set_reshard_after_backward(False)
+            tower.set_requires_gradient_sync(False)
+            images_adv = []
+            for part in parts:
+                images_adv.append(attack(model, part, images))
+                loss = align(model(images_adv[-1]), reference(images[part]), TARGET[part])
+                if part is parts[-1]:
+                    tower.set_reshard_after_backward(True)
+                    tower.set_requires_gradient_sync(True)
+                (loss / len(parts)).backward()
+            optimizer.step()
+    groups = sum(isinstance(module, FSDPModule) for module in tower.modules())
+    return torch.cat(images_adv), gathers.count / (2 * groups)
+
+
 def check_training():
     reference = classifier(seed=1, dtype=torch.float64).requires_grad_(False)
     start = classifier(dtype=torch.float64)
@@ -207,11 +247,14 @@ def check_training():
         [parameter.detach().clone() for parameter in visual(m)] for m in (alone, start)
     )
     found = {"moved": distance(expected, before)}
-    for name in ("ddp", "ddp, attacked through", "fsdp"):
+    for name in ("ddp", "ddp, attacked through", "fsdp", "fsdp, gathered once"):
         model = copy.deepcopy(start)
-        train = shard(model) if name == "fsdp" else DistributedDataParallel(model)
-        attacked = train if name == "ddp, attacked through" else model
-        mine = step(model, attacked, train, reference, MINE)
+        train = DistributedDataParallel(model) if name.startswith("ddp") else shard(model)
+        if name == "fsdp, gathered once":
+            mine, found["gathers"] = accumulate(model, reference, MINE)
+        else:
+            attacked = train if name == "ddp, attacked through" else model
+            mine = step(model, attacked, train, reference, MINE)
         after = [whole(parameter.detach()) for parameter in visual(model)]
         found[name] = {
             "parameters": distance(after, expected),
@@ -344,23 +387,30 @@ def check_dtensors():
 
 
 def check_example():
-    """Run examples/in_fsdp.py in this group; return what it prints."""
-    script = EXAMPLES / "in_fsdp.py"
-    printed = io.StringIO()
-    with (
-        patch.object(sys, "argv", [str(script), "--quick"]),
-        # A second group would find the addresses of the first in the store.
-        patch.object(dist, "init_process_group"),
-        patch.object(dist, "destroy_process_group"),
-        patch.dict(os.environ, RANK=str(dist.get_rank())),
-        redirect_stdout(printed),
-    ):
-        runpy.run_path(str(script), run_name="__main__")
-    return printed.getvalue()
+    """Run examples/in_fsdp.py in this group, a few untrained steps; return what it prints."""
+    script, batches = EXAMPLES / "in_fsdp.py", _digits.batches
+    printed = {}
+    for options in ((), ("--ddp",)):
+        stream = io.StringIO()
+        with (
+            patch.object(sys, "argv", [str(script), "--quick", *options]),
+            patch.object(_digits, "train_clean"),
+            patch.object(
+                _digits, "batches", lambda *args, **size: islice(batches(*args, **size), 4)
+            ),
+            # A second group would find the addresses of the first in the store.
+            patch.object(dist, "init_process_group"),
+            patch.object(dist, "destroy_process_group"),
+            patch.dict(os.environ, RANK=str(dist.get_rank())),
+            redirect_stdout(stream),
+        ):
+            runpy.run_path(str(script), run_name="__main__")
+        printed[" ".join(options)] = stream.getvalue()
+    return printed
 
 
 CHECKS = (
-    check_ddp_gradients,
+    check_gradients,
     check_training,
     check_attack_leaves_no_trace,
     check_training_after,

@@ -14,12 +14,16 @@ from unittest.mock import patch
 
 import distributed_worker
 import pytest
+import torch
 import torch.distributed as dist
 from filelock import FileLock  # which torch depends on
 from test_examples_in_loops import check_diff, docstring
 
+from calibclip import DirichletAlignLoss
+
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 1e-5
+WRAPPERS = ("ddp", "fsdp")
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
 
@@ -45,18 +49,20 @@ def ranks(tmp_path_factory):
 
 
 @pytest.fixture
-def gradients(ranks):
-    return [found["check_ddp_gradients"] for found in ranks]
+def gradients(ranks, wrapper):
+    return [found["check_gradients"][wrapper] for found in ranks]
 
 
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize(
     "loss",
     ["paper's weight", "weight", "tecoa", "pmg_aft", "fare", "relative_weight by hand"],
 )
-def test_ddp_gradients_are_those_of_the_joined_batch(gradients, loss):
+def test_gradients_are_those_of_the_joined_batch(gradients, loss):
     assert all(found[loss]["joined"] < TOLERANCE for found in gradients)
 
 
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_relative_weight_divides_by_the_local_mean(gradients):
     for found in gradients:
         # Each rank minimises its own loss, and the gradient is the mean of theirs.
@@ -64,13 +70,17 @@ def test_relative_weight_divides_by_the_local_mean(gradients):
         assert found["relative_weight"]["joined"] > 1e-2
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "ddp, attacked through", "fsdp"])
+@pytest.mark.parametrize("wrapper", ["ddp", "ddp, attacked through", "fsdp", "fsdp, gathered once"])
 def test_attacked_training_ends_at_the_parameters_of_one_process(ranks, wrapper):
     for found in ranks:
         training = found["check_training"]
         assert training["moved"] > 1e-3
         assert training[wrapper]["images"] == 0
         assert training[wrapper]["parameters"] < TOLERANCE * training["moved"]
+
+
+def test_a_step_of_micro_batches_can_gather_the_weights_once(ranks):
+    assert all(found["check_training"]["gathers"] == 1 for found in ranks)
 
 
 def test_an_attack_leaves_no_trace_on_a_sharded_model(ranks):
@@ -112,15 +122,43 @@ def test_dtensors_are_refused_and_their_local_rows_are_not(ranks):
             ), (name, outcome)
 
 
-def test_the_example_makes_its_model_robust(ranks):
-    first, second = (found["check_example"] for found in ranks)
-    assert second == ""
-    assert "FSDP2, 2 processes" in first
+def rows(printed):
+    """Return the numbers of the example's table by their row."""
     cells = r"\| (before|after) \| (clean|attacked) \| (\S+) \| (\S+) \| (\S+) \|"
-    rows = {(when, kind): [*map(float, rest)] for when, kind, *rest in re.findall(cells, first)}
-    assert len(rows) == 4
-    assert rows["after", "attacked"][0] > rows["before", "attacked"][0] + 0.15
-    assert rows["after", "clean"][0] > 0.5
+    found = {
+        f"{when} {kind}": [*map(float, rest)] for when, kind, *rest in re.findall(cells, printed)
+    }
+    assert len(found) == 4
+    return found
+
+
+def test_the_example_does_the_same_under_either_wrapper(ranks):
+    first, second = (found["check_example"] for found in ranks)
+    assert set(second.values()) == {""}
+    assert "FSDP2, 2 processes" in first[""]
+    assert "DDP, 2 processes" in first["--ddp"]
+    fsdp, ddp = rows(first[""]), rows(first["--ddp"])
+    assert fsdp["after clean"] != pytest.approx(fsdp["before clean"], abs=0.05)
+    for row, numbers in fsdp.items():
+        assert ddp[row] == pytest.approx(numbers, abs=0.011)  # one image of a hundred
+
+
+def test_torchrun_starts_the_example_and_it_makes_its_model_robust():
+    script = ROOT / "examples" / "in_fsdp.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    process = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", str(script), "--quick"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        timeout=240,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("FSDP2, 2 processes")
+    found = rows(process.stdout)
+    assert found["after attacked"][0] > found["before attacked"][0] + 0.15
+    assert found["after clean"][0] > 0.5
 
 
 def test_the_diff_in_the_docstring_is_in_the_code():
@@ -155,3 +193,21 @@ def test_the_tables_of_the_page_are_what_the_script_prints():
         assert table.strip() in page
     in_page = [block for block in page.split("\n\n") if block.startswith("|")]
     assert len(in_page) == len(tables)
+
+
+def test_the_matrices_kept_are_those_of_the_loss():
+    """The page's rows against the library itself, not the script."""
+    saved = {}
+    adv, ref = (torch.rand(64, 1000) + 20 for _ in range(2))
+    adv.requires_grad_()
+    target = torch.zeros(64, dtype=torch.int64)
+
+    def pack(tensor):
+        if tensor.numel() >= adv.numel():
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = DirichletAlignLoss()(adv, ref, target)
+    assert loss.requires_grad
+    assert f"| DirichletAlignLoss, with its logits | {len(saved)} |" in scale()
