@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -17,6 +18,15 @@ def table(header: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         print("| " + " | ".join(row) + " |")
     print()
+
+
+def warn_if_busy() -> None:
+    """Print a warning if others use the machine: to be called before work of one's own."""
+    if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > (os.cpu_count() or 1) / 2:
+        print(
+            f"**Load average {load:.1f}: the machine is busy. Threads that wait for one another "
+            "make times meaningless then.**\n"
+        )
 
 
 def machine(device: str = "cpu") -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,41 +19,53 @@ Providers = Mapping[str, Callable[[], object]]
 
 
 def calls(
-    providers: Providers, device: str, samples: int, warm_up: int = 3
+    providers: Providers,
+    device: str,
+    samples: int,
+    warm_up: int = 3,
+    around: Callable[[str], AbstractContextManager[Any]] = lambda _: nullcontext(),
 ) -> dict[str, np.ndarray]:
     """Return seconds a call, the device idle before and after each; whatever slows the machine
-    slows all providers alike."""
+    slows all providers alike. What ``around`` does for a provider of that name is not timed."""
+    if device == "cpu":
+        # glibc's malloc gives memory back to the system after every call until it has once freed a
+        # large block, as any program with a model has. Without this a call has up to a thousand
+        # page faults, which outweigh what it computes and differ between processes.
+        torch.empty(7 << 20).zero_()
     times: dict[str, list[float]] = {name: [] for name in providers}
     for sample in range(samples + warm_up):
         for name, call in providers.items():
-            _wait(device)
-            start = time.perf_counter()
-            call()
-            _wait(device)
+            with around(name):
+                _wait(device)
+                start = time.perf_counter()
+                call()
+                _wait(device)
+                seconds = time.perf_counter() - start
             if sample >= warm_up:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return {name: np.array(values) for name, values in times.items()}
 
 
 def device_times(providers: Providers, samples: int, warm_up: int = 3) -> dict[str, np.ndarray]:
-    """Return seconds that the CUDA device works on a call.
-
-    The host is ahead, its queue filled behind a pause, and the L2 cache holds something else.
-    """
+    """Return seconds that the CUDA device works on a call: the sum over what it runs, from the
+    profiler's record, so that waiting for the host does not count. The L2 cache holds something
+    else at the start."""
     flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in providers}
     for sample in range(samples + warm_up):
         for name, call in providers.items():
             flush.zero_()
-            torch.cuda._sleep(10_000_000)
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
             torch.cuda.synchronize()
+            with traced(ProfilerActivity.CUDA) as events:
+                call()
+                torch.cuda.synchronize()
             if sample >= warm_up:
-                times[name].append(start.elapsed_time(end) / 1e3)
+                times[name].append(1e-6 * sum(e["dur"] for e in events if _on_device(e)))
     return {name: np.array(values) for name, values in times.items()}
+
+
+def _on_device(event: dict[str, Any]) -> bool:
+    return event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 def copy_bandwidth() -> float:
@@ -61,29 +76,48 @@ def copy_bandwidth() -> float:
     return float(2 * source.nbytes / np.median(times))
 
 
-def peak_on_device(call: Callable[[], object]) -> int:
-    """Return the most bytes allocated on the CUDA device beyond what was there."""
-    call()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Return the most that was allocated at once beyond the inputs, from the profiler's record."""
-    call()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
+@contextmanager
+def traced(*activities: ProfilerActivity, memory: bool = False) -> Iterator[list[dict[str, Any]]]:
+    """Yield a list that holds the profiler's events of the context after its end."""
+    events: list[dict[str, Any]] = []
+    with profile(activities=activities, profile_memory=memory) as profiler:
+        yield events
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+        events += json.loads(path.read_text())["traceEvents"]
+
+
+@dataclass
+class Peak:
+    bytes: int = 0
+
+
+@contextmanager
+def peak(device: str) -> Iterator[Peak]:
+    """Yield what holds, after the context, the most bytes allocated in it at once, beyond what was
+    there at its start."""
+    found = Peak()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield found
+        found.bytes = torch.cuda.max_memory_allocated() - before
+        return
+    with traced(ProfilerActivity.CPU, memory=True) as events:
+        yield found
     changes = [event for event in events if event["name"] == "[memory]"]
     changes.sort(key=lambda event: event["ts"])
-    totals = np.cumsum([event["args"]["Bytes"] for event in changes])
-    return int(totals.max())
+    found.bytes = int(np.cumsum([event["args"]["Bytes"] for event in changes]).max(initial=0))
+
+
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
+    """Return the peak of a call after a first one."""
+    call()
+    with peak(device) as found:
+        call()
+    return found.bytes
 
 
 def _wait(device: str) -> None:
@@ -91,9 +125,9 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def spread(times: np.ndarray, unit: float = 1e-3) -> str:
+def spread(values: np.ndarray, unit: float = 1e-3) -> str:
     """Write the median and the range from the 20th to the 80th percentile."""
-    low, median, high = np.percentile(times, [20, 50, 80]) / unit
+    low, median, high = np.percentile(values, [20, 50, 80]) / unit
     return f"{median:.3g} ({low:.3g}-{high:.3g})"
 
 

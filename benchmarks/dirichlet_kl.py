@@ -10,32 +10,27 @@ accuracy is what the package promises.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from _report import machine, table
-from _timing import (
-    calls,
-    copy_bandwidth,
-    device_times,
-    peak_bytes,
-    peak_on_device,
-    ratio,
-    spread,
-)
+from _report import machine, table, warn_if_busy
+from _timing import calls, copy_bandwidth, device_times, peak_bytes, ratio, spread
 from torch import Tensor
 from torch.distributions import Dirichlet, kl_divergence
 
 import calibclip
+from calibclip._kernels import compiled
+from calibclip._kernels.common import WHOSE
 
 TABLES = Path(__file__).resolve().parents[1] / "tests" / "golden" / "dirichlet_kl.npz"
 CLASSES = (2, 10, 200, 1000)
 BOUND = 5e-6
+REFUSED = "No speed is reported for a wrong result."
 SIZES = {
     "cpu": [(batch, classes) for classes in (10, 100, 1000, 21841) for batch in (64, 256, 1024)],
     "cuda": [(256, 1000), (1024, 1000), (4096, 1000), (4096, 8192), (4096, 21841)],
@@ -73,53 +68,89 @@ def relative_error(got: Tensor, want: np.ndarray) -> float:
     return error if error == error else np.inf
 
 
-def errors(kl: KL, name: int, tables: dict[str, np.ndarray], device: str) -> list[list[float]]:
-    """Return the errors of every row's KL and of the worse of its two gradients."""
+def takes(log_alpha: Tensor, log_beta: Tensor) -> bool:
+    """Tell whether ``impl="compile"`` computes a call itself, or leaves all of it to eager."""
+    zero = torch.zeros((), dtype=torch.float64, device=log_alpha.device)
+    with torch.no_grad():
+        _, _, stats = compiled.forward(log_alpha, log_beta, 1.0, 0.0, zero)
+    return float(stats[0, WHOSE]) == compiled._MARK
+
+
+def taken(log_alpha: Tensor, log_beta: Tensor) -> list[int]:
+    """Return the rows that the compiled function takes, each in a call full of it.
+
+    Of one size, as other code, for another size, may take another row at the limit.
+    """
+    size = len(log_alpha)
+    return [row for row in range(size) if takes(*only([row] * size, log_alpha, log_beta))]
+
+
+def only(rows: list[int], *matrices: Tensor) -> tuple[Tensor, ...]:
+    return tuple(matrix.detach()[rows].requires_grad_() for matrix in matrices)
+
+
+def errors(name: str, kl: KL, n_classes: int, tables: dict[str, np.ndarray], device: str) -> Any:
+    """Return the errors of every row's KL and of the worse of its two gradients.
+
+    NaN: the compiled form left that row to eager.
+    """
     log_alpha, log_beta = (
-        torch.from_numpy(tables[f"{argument}_{name}"]).to(device).requires_grad_()
+        torch.from_numpy(tables[f"{argument}_{n_classes}"]).to(device).requires_grad_()
         for argument in ("log_alpha", "log_beta")
     )
+    found = np.full((len(log_alpha), 2), np.nan)
+    rows = list(range(len(log_alpha)))
+    if name == "compile":
+        rows = taken(log_alpha, log_beta)
+        filled = rows + rows[:1] * (len(log_alpha) - len(rows))
+        log_alpha, log_beta = only(filled, log_alpha, log_beta)
+        if not rows or not takes(log_alpha, log_beta):
+            sys.exit(f"compile: none of the rows of {n_classes} classes was computed by it.")
     value = kl(log_alpha, log_beta)
     grads = torch.autograd.grad(value.sum(), (log_alpha, log_beta))
-    value, *grads = (found.detach().cpu() for found in (value, *grads))
-    return [
-        [
-            relative_error(value[row : row + 1], tables[f"kl_{name}"][row : row + 1]),
+    value, *grads = (result.detach().cpu() for result in (value, *grads))
+    for at, row in enumerate(rows):
+        found[row] = (
+            relative_error(value[at : at + 1], tables[f"kl_{n_classes}"][row : row + 1]),
             max(
-                relative_error(grad[row], tables[f"{argument}_{name}"][row])
+                relative_error(grad[at], tables[f"{argument}_{n_classes}"][row])
                 for grad, argument in zip(grads, ("grad_alpha", "grad_beta"), strict=True)
             ),
-        ]
-        for row in range(len(value))
-    ]
+        )
+    return found
 
 
 def accuracy(device: str) -> bool:
     """Print the worst relative errors by case; return whether all of ours keep their bound."""
     with np.load(TABLES) as archive:
         tables = dict(archive)
-    worst: dict[tuple[str, str, str], list[float]] = {}
+    worst: dict[tuple[str, str, str], Any] = {}
     everyone = providers(device)
-    for name in CLASSES:
-        found = np.hstack([errors(kl, name, tables, device) for kl in everyone.values()])
-        for row, kind in enumerate(tables[f"kind_{name}"]):
-            temperature, sd = tables[f"temperature_{name}"][row], tables[f"sd_{name}"][row]
+    for n_classes in CLASSES:
+        found = np.hstack(
+            [errors(name, kl, n_classes, tables, device) for name, kl in everyone.items()]
+        )
+        for row, kind in enumerate(tables[f"kind_{n_classes}"]):
+            temperature, sd = (tables[f"{of}_{n_classes}"][row] for of in ("temperature", "sd"))
             clip = kind == "clip"
             case = ("CLIP-like", f"{temperature:g}", f"{sd:g}") if clip else (str(kind), "", "")
-            worst[case] = np.maximum(worst.get(case, 0), found[row]).tolist()
+            worst[case] = np.fmax(worst.get(case, np.nan), found[row])
 
     print("## Accuracy in float32\n")
     print(
         "Worst relative error of the KL and of its gradients (norm) against mpmath at the same "
         f"float32 inputs, over C = {', '.join(map(str, CLASSES))}. sd: of the differences between "
-        f"cosines. Bound: {BOUND:g}.\n"
+        f"cosines. Bound: {BOUND:g}. compile: over the rows that the compiled function takes; "
+        "eager: it takes none.\n"
     )
     header = ["case", "T", "sd"]
     header += [f"{provider}, {what}" for provider in everyone for what in ("KL", "gradient")]
-    table(
-        header, [[*case, *(f"{error:.1e}" for error in errors)] for case, errors in worst.items()]
-    )
-    missed = [" ".join(case).strip() for case, errors in worst.items() if max(errors[:-2]) > BOUND]
+    rows = [
+        [*case, *("eager" if np.isnan(error) else f"{error:.1e}" for error in found)]
+        for case, found in worst.items()
+    ]
+    table(header, rows)
+    missed = [" ".join(case).strip() for case, found in worst.items() if (found[:-2] > BOUND).any()]
     for case in missed:
         print(f"**One of ours misses its bound: {case}.**\n")
     return not missed
@@ -148,6 +179,30 @@ def step(kl: KL, log_alpha: Tensor, log_beta: Tensor) -> Tensor:
     return torch.autograd.grad(kl(log_alpha, log_beta).mean(), log_alpha)[0]
 
 
+def verify(everyone: dict[str, KL], inputs: tuple[Tensor, Tensor]) -> None:
+    """Stop if the values or gradients of ours, at this size and dtype, are not those of float64.
+
+    Some rows, from all over the batch, are compared.
+    """
+    batch, n_classes = inputs[0].shape
+    rows = torch.linspace(0, batch - 1, 16).long().to(inputs[0].device)
+    log_alpha, log_beta = (values.detach()[rows].double() for values in inputs)
+    value = calibclip.dirichlet_kl(log_alpha.requires_grad_(), log_beta, impl="reference")
+    wanted = value, torch.autograd.grad(value.sum() / batch, log_alpha)[0]
+    for name, kl in everyone.items():
+        if name == "torch.distributions":
+            continue
+        value = kl(*inputs)
+        found = value, torch.autograd.grad(value.mean(), inputs[0])[0]
+        for what, got, want in zip(("KL", "gradient"), found, wanted, strict=True):
+            # By row, and more for what half precision rounds at the end.
+            bound = BOUND + torch.finfo(got.dtype).eps / 2
+            pairs = zip(got.detach()[rows].cpu(), want.detach().cpu().numpy(), strict=True)
+            worst = max(relative_error(row.view(-1), truth.reshape(-1)) for row, truth in pairs)
+            if not worst <= bound:
+                sys.exit(f"{name}, {batch}x{n_classes}: {what} off by {worst:.1e}. {REFUSED}")
+
+
 def saved_matrices(kl: KL, inputs: tuple[Tensor, Tensor]) -> int:
     """Count the BxC storages kept for backward, the inputs' own aside."""
     kept: dict[int, Tensor] = {}  # holds the tensors: a storage's address must not be used again
@@ -170,7 +225,8 @@ def speed(device: str, samples: int, quick: bool) -> None:
         "median and 20th to 80th percentile. Times are comparable within one run only: read the "
         "speed-up, the median of the ratios to torch.distributions between neighbouring samples. "
         "Saved: BxC storages kept for backward beyond the inputs (saved_tensors_hooks). Peak: most "
-        "bytes allocated at once beyond the inputs, gradient included, in BxC matrices.\n"
+        "bytes allocated at once beyond the inputs, gradient included, in BxC matrices. Before its "
+        "times, every size's value and gradient are compared with float64 (the bound above).\n"
     )
     header = ["BxC", "", "call, ms", "speed-up", "saved BxC", "peak, BxC"]
     rows: list[list[str]] = []
@@ -178,14 +234,16 @@ def speed(device: str, samples: int, quick: bool) -> None:
         inputs = clip_like(batch, n_classes, device)
         everyone = providers(device)
         steps = {name: partial(step, kl, *inputs) for name, kl in everyone.items()}
+        verify(everyone, inputs)
         large = batch * n_classes > 1 << 22
         times = calls(steps, device, samples=max(5, samples // 8) if large else samples)
         for name, kl in everyone.items():
-            peak = peak_on_device(steps[name]) if device == "cuda" else peak_bytes(steps[name])
+            peak = peak_bytes(steps[name], device)
+            fell_back = name == "compile" and not takes(*inputs)
             rows.append(
                 [
                     f"{batch}x{n_classes}",
-                    name,
+                    f"{name} (fell back to eager)" if fell_back else name,
                     spread(times[name]),
                     f"{ratio(times['torch.distributions'], times[name]):.2f}",
                     f"{saved_matrices(kl, inputs)}",
@@ -200,21 +258,19 @@ def bandwidth() -> None:
     copy = copy_bandwidth()
     print("## Time on the device alone\n")
     print(
-        f"The host ahead of the device, cold L2 cache, validation off. Bandwidth: {SWEEPS} BxC "
-        f"matrices read or written in forward and backward, of a copy's {copy / 1e12:.2f} TB/s.\n"
+        "The sum over what the device runs in forward and backward, from the profiler: waiting for "
+        f"the host does not count. Cold L2 cache, validation off. Bandwidth: {SWEEPS} BxC "
+        f"matrices read or written, of a copy's {copy / 1e12:.2f} TB/s.\n"
     )
     rows: list[list[str]] = []
-    ours = {name: kl for name, kl in providers("cuda").items() if name in ("triton", "eager")}
-    everyone = ours | {"torch.distributions": partial(published, validate=False)}
+    everyone = providers("cuda") | {"torch.distributions": partial(published, validate=False)}
     for dtype in (torch.float32, torch.bfloat16):
         for batch, n_classes in SIZES["cuda"]:
             inputs = clip_like(batch, n_classes, "cuda", dtype)
-            steps = {
-                name: partial(step, kl, *inputs)
-                for name, kl in everyone.items()
-                if dtype == torch.float32 or name == "triton"
-            }
-            times = device_times(steps, samples=20)
+            measured = everyone if dtype == torch.float32 else {"triton": everyone["triton"]}
+            verify(measured, inputs)
+            steps = {name: partial(step, kl, *inputs) for name, kl in measured.items()}
+            times = device_times(steps, samples=10)
             for name in steps:
                 moved = SWEEPS * inputs[0].nbytes / np.median(times[name])
                 slow = times.get("torch.distributions")
@@ -278,13 +334,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(THREADS)
     print(f"# Dirichlet KL\n\n{machine(arguments.device)}\n")
-    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 1:
-        print(
-            f"**Load average {os.getloadavg()[0]:.1f}: the machine is busy. Threads that wait for "
-            "one another make times meaningless then.**\n"
-        )
     if not accuracy(arguments.device):
-        sys.exit("No speed is reported for a wrong result.")
+        sys.exit(REFUSED)
     speed(arguments.device, 16, arguments.quick)
     if arguments.device == "cuda":
         bandwidth()
@@ -293,4 +344,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    warn_if_busy()
     main()

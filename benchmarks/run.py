@@ -18,7 +18,7 @@ from pathlib import Path
 import dirichlet_kl
 import linear_align
 import training_step
-from _report import machine
+from _report import machine, warn_if_busy
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 SECTIONS = {
@@ -65,6 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     both = Both()
     with contextlib.redirect_stdout(both):
+        warn_if_busy()
         for section, options in SECTIONS[arguments.device]:
             section(options)
     # One heading less deep, and the machine once.

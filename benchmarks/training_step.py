@@ -13,25 +13,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
-import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from _report import machine, table
+from _report import machine, table, warn_if_busy
+from _timing import calls, peak, spread
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from calibclip import DirichletAlignLoss, ZeroShotClassifier, pgd
 
@@ -74,6 +69,14 @@ def sgd(model: Any) -> torch.optim.SGD:
     return torch.optim.SGD(model.visual.parameters(), lr=1.0, momentum=0.9)
 
 
+def tokens(name: str, class_names: Sequence[str]) -> Tensor:
+    return open_clip.get_tokenizer(name)([TEMPLATE.format(each) for each in class_names])
+
+
+def autocast(images: Tensor, precision: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(images.device.type, precision, precision is not None)
+
+
 class Published:
     """A step of UCAT's training, and of the TeCoA family's, without what is left for logging.
 
@@ -84,11 +87,16 @@ class Published:
 
     compiled = False
 
-    def __init__(self, model: Any, name: str, class_names: Sequence[str]) -> None:
-        self.model, self.frozen = model, copy.deepcopy(model)
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        class_names: Sequence[str],
+        precision: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.frozen, self.precision = model, copy.deepcopy(model), precision
         device = model.logit_scale.device
-        prompts = [TEMPLATE.format(each) for each in class_names]
-        self.tokens = open_clip.get_tokenizer(name)(prompts).to(device)
+        self.tokens = tokens(name, class_names).to(device)
         self.mean, self.std = (
             torch.tensor(values, device=device).view(3, 1, 1)
             for values in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
@@ -97,8 +105,10 @@ class Published:
         self.optimizer = sgd(model)
 
     def logits(self, model: Any, images: Tensor) -> Tensor:
-        image_features, text_features, scale = model((images - self.mean) / self.std, self.tokens)
-        return scale * image_features @ text_features.T
+        with autocast(images, self.precision):
+            normalized = (images - self.mean) / self.std
+            image_features, text_features, scale = model(normalized, self.tokens)
+            return (scale * image_features @ text_features.T).float()
 
     def __call__(self, batch: Batch, start: Tensor | None = None) -> Tensor:
         clean = batch.images
@@ -137,11 +147,9 @@ class Recipe:
     ) -> None:
         self.model, self.precision = model.requires_grad_(False), precision
         self.compiled = compiled
-        begin = time.perf_counter()
         self.classifier = ZeroShotClassifier.from_open_clip(
             model, open_clip.get_tokenizer(name), class_names, (TEMPLATE,)
         )
-        self.encoding = time.perf_counter() - begin  # of the prompts, in seconds
         self.reference = copy.deepcopy(self.classifier)
         self.frozen = self.reference.model
         model.visual.requires_grad_(True)
@@ -152,18 +160,15 @@ class Recipe:
         self.generator = torch.Generator().manual_seed(0)
         self.kept = self.embed_clean(batch.images) if keep else None
 
-    def autocast(self, images: Tensor) -> torch.autocast:
-        return torch.autocast(images.device.type, self.precision, self.precision is not None)
-
     @torch.no_grad()
     def embed_clean(self, images: Tensor) -> Tensor:
-        with self.autocast(images):
+        with autocast(images, self.precision):
             return self.reference.embed(images)
 
     def __call__(self, batch: Batch, start: Tensor | None = None) -> Tensor:
         images, labels = batch.images, batch.labels
         self.optimizer.zero_grad()
-        with self.autocast(images):
+        with autocast(images, self.precision):
             images_adv = pgd(
                 self.classifier, images, labels, EPS, STEP_SIZE, STEPS,
                 generator=self.generator, start=start,
@@ -234,35 +239,6 @@ def counted(*models: Any) -> Iterator[dict[str, int]]:
         handle.remove()
 
 
-class Peak:
-    """The most that is allocated at once within a context, beyond what is there at its start."""
-
-    def __init__(self, device: str) -> None:
-        self.on_gpu, self.bytes = device == "cuda", 0
-        self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-
-    def __enter__(self) -> Peak:
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            self.profiler.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self.on_gpu:
-            self.bytes = torch.cuda.max_memory_allocated() - self.before
-            return
-        self.profiler.__exit__(*error)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
-            self.profiler.export_chrome_trace(str(path))
-            events = json.loads(path.read_text())["traceEvents"]
-        changes = [event for event in events if event["name"] == "[memory]"]
-        changes.sort(key=lambda event: event["ts"])
-        self.bytes = int(np.cumsum([event["args"]["Bytes"] for event in changes]).max())
-
-
 @dataclass(frozen=True)
 class Observed:
     """What one step does. A compiled encoder runs no hooks: neither passes nor peak are known."""
@@ -281,10 +257,10 @@ def observe(step: Any, batch: Batch) -> Observed:
         if step.compiled:
             loss = float(step(batch, batch.start))
             return Observed(loss, nn.utils.parameters_to_vector(weights).detach() - before)
-        with counted(step.model, step.frozen) as passes, Peak(batch.images.device.type) as peak:
+        with counted(step.model, step.frozen) as passes, peak(batch.images.device.type) as most:
             loss = float(step(batch, batch.start))
         update = nn.utils.parameters_to_vector(weights).detach() - before
-    return Observed(loss, update, passes, peak.bytes)
+    return Observed(loss, update, passes, most.bytes)
 
 
 def differences(published: Observed, other: Observed) -> tuple[float, float]:
@@ -293,29 +269,11 @@ def differences(published: Observed, other: Observed) -> tuple[float, float]:
     return loss, float((other.update - published.update).norm() / published.update.norm())
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def seconds(steps: dict[str, Any], batch: Batch, samples: int) -> dict[str, np.ndarray]:
-    """Time steps taken before, in turn, so that whatever slows the machine slows them alike."""
+    """Time steps taken before, each undone."""
+    providers = {name: partial(step, batch) for name, step in steps.items()}
     device = batch.images.device.type
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(samples):
-        for name, step in steps.items():
-            with put_back(step):
-                synchronize(device)
-                begin = time.perf_counter()
-                step(batch)
-                synchronize(device)
-                times[name].append(time.perf_counter() - begin)
-    return {name: np.array(values) for name, values in times.items()}
-
-
-def spread(values: np.ndarray) -> str:
-    low, high = np.percentile(values, [20, 80])
-    return f"{low:.3g}-{high:.3g}"
+    return calls(providers, device, samples, warm_up=0, around=lambda name: put_back(steps[name]))
 
 
 # The sections
@@ -348,6 +306,7 @@ def build(settings: Settings, n_prompts: int) -> tuple[dict[str, Any], Batch]:
         "without kept references": recipe(keep=False),
     }
     if settings.bf16:
+        steps["published, bf16"] = Published(copy.deepcopy(model), *setup, torch.bfloat16)
         steps["bf16"] = recipe(precision=torch.bfloat16)
     if settings.compiled:
         steps["compiled"] = recipe(compiled=True)
@@ -363,8 +322,8 @@ def check(observed: dict[str, Observed]) -> bool:
         if name == PUBLISHED:
             continue
         loss, update = differences(observed[PUBLISHED], other)
-        exact = not name.startswith("bf16")
-        kept &= not exact or max(loss, update) <= BOUND
+        exact = "bf16" not in name
+        kept &= not exact or bool(np.max([loss, update]) <= BOUND)  # of a NaN, too
         rows.append([name, f"{loss:.1e}", f"{update:.1e}", f"{BOUND:g}" if exact else "none"])
     print("Relative differences from the published step, from the same start of the attack:\n")
     table(["", "loss", "update (norm)", "bound"], rows)
@@ -380,13 +339,12 @@ def costs(observed: dict[str, Observed], times: dict[str, np.ndarray]) -> None:
             [
                 name,
                 *(str(seen.passes[kind]) if seen.passes else "" for kind in KINDS),
-                f"{np.median(times[name]):.3g}",
-                spread(times[name]),
-                f"{np.median(ratio):.3f} ({spread(ratio)})",
+                spread(times[name], 1.0),
+                spread(ratio, 1.0),
                 "" if seen.peak is None else f"{seen.peak / 2**20:.0f}",
             ]
         )
-    table(["", *KINDS, "median s", "p20-p80", "of published (p20-p80)", "peak MiB"], rows)
+    table(["", *KINDS, "s (p20-p80)", "of published (p20-p80)", "peak MiB"], rows)
 
 
 def measured(settings: Settings, n_prompts: int) -> None:
@@ -402,25 +360,29 @@ def measured(settings: Settings, n_prompts: int) -> None:
 def bounded(settings: Settings, n_prompts: int) -> None:
     """Compare with a part of the published step, where the whole is too much for the machine."""
     batch = make_batch(settings.batch_size, n_prompts, settings.image_size, settings.device)
-    model = load(settings.model, settings.device)
+    model: Any = load(settings.model, settings.device)
+    prompts = tokens(settings.model, names(n_prompts)).to(settings.device)
+    with torch.no_grad():
+        encode = {"prompts": partial(model.encode_text, prompts, normalize=True)}
+        encoding = calls(encode, settings.device, samples=2, warm_up=0)["prompts"].min()
     recipe = Recipe(model, settings.model, names(n_prompts), batch)
     observe(recipe, batch)  # to warm up
     times = seconds({RECIPE: recipe}, batch, max(2, settings.samples // 2))[RECIPE]
-    median, encodings = statistics.median(times), (STEPS + 2) * recipe.encoding
+    encodings = (STEPS + 2) * encoding
     print(f"## Batch {settings.batch_size}, {n_prompts} prompts\n")
     print(
         f"The published step encodes the prompts {STEPS + 2} times, and goes back through them "
-        f"{STEPS + 1} times. Only the first is counted here, from one measured encoding without a "
-        "graph, which is what a recipe pays once a run; no image pass is. That is less than the "
-        "published step takes.\n"
+        f"{STEPS + 1} times. Only the first is counted here, from one encoding of ready tokens "
+        "without a graph, the faster of two; no image pass is. That is less than the published "
+        "step takes.\n"
     )
     table(
-        ["", "s", "p20-p80"],
+        ["", "s (p20-p80)"],
         [
-            ["encoding the prompts once", f"{recipe.encoding:.3g}", ""],
-            [f"{PUBLISHED}, more than", f"{encodings:.3g}", ""],
-            [RECIPE, f"{median:.3g}", spread(times)],
-            [f"{RECIPE}, of {PUBLISHED}: less than", f"{median / encodings:.2g}", ""],
+            ["encoding the prompts once", f"{encoding:.3g}"],
+            [f"{PUBLISHED}, more than", f"{encodings:.3g}"],
+            [RECIPE, spread(times, 1.0)],
+            [f"{RECIPE}, of {PUBLISHED}: less than", f"{np.median(times) / encodings:.2g}"],
         ],
     )
 
@@ -429,14 +391,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="one sample, 13 prompts only")
+    parser.add_argument("--quick", action="store_true", help="the fewer prompts only")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", default="ViT-B-32", help="of open_clip; random weights")
     parser.add_argument("--compile", action="store_true", help="a compiled recipe, too")
     parser.add_argument(
         "--bf16",
         action=argparse.BooleanOptionalAction,
-        help="a recipe in bf16, too; default: on a GPU. A CPU without bf16 units takes minutes",
+        help="both in bf16, too; default: on a GPU. A CPU without bf16 units takes minutes",
     )
     options = parser.parse_args(argv)
     on_gpu = options.device == "cuda"
@@ -450,14 +412,11 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=256 if on_gpu else 16,
         image_size=vision.get("image_size", 224),
         device=options.device,
-        samples=1 if options.quick else 15 if on_gpu else 3,
+        samples=15 if on_gpu else 3,
         compiled=options.compile,
         bf16=on_gpu if options.bf16 is None else options.bf16,
     )
-    where = f"{torch.cuda.get_device_name()}; " if on_gpu else ""
-    print(f"# A training step\n\n{where}{machine()}\n")
-    if not on_gpu and hasattr(os, "getloadavg") and os.getloadavg()[0] > 1:
-        print(f"**Load average {os.getloadavg()[0]:.1f}: the machine is busy.**\n")
+    print(f"# A training step\n\n{machine(options.device)}\n")
     print(
         f"{options.model}, random weights, float32 (without TF32) unless stated; PGD-{STEPS}, "
         f"Dirichlet alignment, SGD. {settings.samples} interleaved samples after a warm-up; read "
@@ -471,4 +430,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    warn_if_busy()
     main()
