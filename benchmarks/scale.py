@@ -37,7 +37,7 @@ from calibclip import (
 from calibclip import _kernels as kernels
 from calibclip._kernels import function, special
 from calibclip._kernels.common import N_STATS
-from calibclip.losses.linear_align import _CHUNK
+from calibclip.losses.linear_align import _CHUNK_ELSEWHERE
 
 # The job
 CLASSES, BATCH, GPUS, NODE = 21_841, 32_768, 64, 8
@@ -387,7 +387,7 @@ def _print_logits_and_loss() -> tuple[float, float]:
         for name, (waiting, most) in matrices.items()
     ]
     features = 2 * 4 * LOCAL * DIM  # of unit length, and their gradient
-    chunks = size(features + chunk * 4 * _CHUNK)
+    chunks = size(features + chunk * 4 * _CHUNK_ELSEWHERE)
     rows.append(["linear_dirichlet_align", "0", size(features), chunks])
     table(["memory of a step's loss", "b C matrices kept", "bytes", "at the peak"], rows)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 import triton_worker
 from test_dirichlet_kl import assert_rows, clip_like, errors, golden
-from triton_worker import GOLDEN_ROWS, Case, evaluate, spread
+from test_kernels_closed_form import assert_same_divergence
+from triton_worker import GOLDEN_ROWS, HARD_CASES, Case, evaluate, spread
 
 from calibclip import DirichletAlignLoss, dirichlet_kl, explain_impl
 from calibclip._kernels import dirichlet_kl_gradient
@@ -91,6 +92,11 @@ def test_golden_table(n_classes, found):
 def test_agrees_with_the_reference(name, found):
     assert_close(found[name], evaluate(REFERENCE_CASES[name], "reference"))
     assert all((part >= 0).all() for part in found[name][:2])
+
+
+@pytest.mark.parametrize("name", HARD_CASES)
+def test_hard_rows(name, found):
+    assert_same_divergence(found[name], evaluate(HARD_CASES[name], "reference"))
 
 
 def test_exactly_zero_at_equality(found):

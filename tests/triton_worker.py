@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from test_dirichlet_kl import clip_like, golden
+from test_kernels_closed_form import hard_pairs
 from torch import Tensor
 
 from calibclip import explain_impl
@@ -164,6 +165,10 @@ def other_cases() -> dict[str, Case]:
     return cases
 
 
+# Of more classes than the kernel makes its anchor of.
+HARD_CASES = {f"hard, {name}": Case(*pair) for name, pair in hard_pairs(4, 300)}
+
+
 def gradient_at_once(device: str) -> list[Tensor]:
     """What the loss on features calls: the values and a gradient, by each direction."""
     pair = [x.to(device) for x in clip_like(2, 40, 0.02)]
@@ -192,7 +197,7 @@ def everything(device: str) -> dict[str, object]:
     torch.use_deterministic_algorithms(True)
     try:
         cases = {f"golden {n}": golden_case(n, all_rows=device != "cpu") for n in GOLDEN_ROWS}
-        cases |= reference_cases() | other_cases()
+        cases |= reference_cases() | other_cases() | HARD_CASES
         found: dict[str, object] = {
             name: evaluate(case, "triton", device) for name, case in cases.items()
         }

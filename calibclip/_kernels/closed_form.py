@@ -220,7 +220,8 @@ class _Change(NamedTuple):
     """How the probabilities of a block change, to full relative precision."""
 
     delta: Tensor  # ln(q / p)
-    growth: Tensor | None  # q / p - 1, if it cannot overflow
+    growth: Tensor | None  # q / p - 1, if it cannot overflow,
+    q: Tensor | None  # else q
     difference: Tensor  # q - p
 
     @classmethod
@@ -228,10 +229,10 @@ class _Change(NamedTuple):
         delta = (block.d - totals.anchor[part]).sub_(totals.beyond[part])
         if spread < special.CLOSE:
             growth = torch.expm1(delta)
-            return cls(delta, growth, growth * block.p)
+            return cls(delta, growth, None, growth * block.p)
         q = torch.softmax(block.v * block.scale, -1)
         size = torch.expm1(-delta.abs()).neg_().mul_(torch.maximum(block.p, q))
-        return cls(delta, None, torch.copysign(size, delta))
+        return cls(delta, None, q, torch.copysign(size, delta))
 
 
 def forward(
@@ -368,7 +369,7 @@ def backward(
             every.addcmul_(change.difference, by_shape[part])
             grad_first = _stored(grad_first, part, every.neg_(), first)
         if needs[1]:
-            q = change.difference.add_(block.p)
+            q = change.difference.add_(block.p) if change.q is None else change.q
             if shared is None:
                 every = special.evidence_slope_second(pairs, weight).mul_(by_evidence[part])
             else:

@@ -18,8 +18,9 @@ from calibclip._kernels.common import N_STATS, WHOSE, compute_dtype
 
 # Numbers up to which float64 is the faster.
 _FEW = 1 << 15
-# Up to this ln a neither an exponential nor its inverse overflows.
-_HIGHEST = 300.0
+# Up to this ln a the rounding of ln(q/p) where all concentrations change alike, twice that of
+# float64, is nothing beside the evidence, though b_0 times it is in the result.
+_HIGHEST = 45.0
 # In the column of ``WHOSE``; what else forward leaves is in the first two.
 _MARK = 1.0
 
