@@ -186,7 +186,7 @@ def _launch_backward(n_classes: int, *matrices: Tensor) -> dict[str, int]:
 
 
 # One warp a row, since most rows leave it little to do.
-_LAUNCH_FINISH = {"BLOCK": 64, "num_warps": 1, "maxnreg": 128}
+_LAUNCH_FINISH = {"BLOCK": 256, "SMALL": 64, "num_warps": 1, "maxnreg": 128}
 
 
 @lru_cache(maxsize=64)

@@ -29,8 +29,8 @@ from calibclip._kernels.triton_special import (
 # (whether the gaps are wide), 8 the evidence of all classes, and of wide rows 9 the largest v and
 # 10 the sum of e^(y - its y).
 STATS: tl.constexpr = tl.constexpr(N_STATS)
-# Above it no Bernoulli number matters in float32, nor does a square of 1/a.
-LARGE: tl.constexpr = tl.constexpr(-math.log(8 * 2**-23) - math.log(6))
+# Above it no Bernoulli number matters, 1/(6 a) being 2e-6, nor does a square of 1/a.
+LARGE: tl.constexpr = tl.constexpr(-math.log(6 * 2e-6))
 _REACH: tl.constexpr = tl.constexpr(REACH)
 _GROWTH: tl.constexpr = tl.constexpr(math.expm1(ETA))
 
@@ -172,6 +172,7 @@ def _sum_again(
     shift,
     offset,
     BLOCK: tl.constexpr,
+    SMALL: tl.constexpr,
 ):
     """Sum up a row with more care: the gap of the class with the largest a_k is the anchor.
 
@@ -250,9 +251,9 @@ def _sum_again(
 
     classes = tl.full((), 0.0, tl.float64)
     if smallest < LOG_6:
-        wide_sum = tl.zeros((BLOCK,), tl.float64)
-        for start in range(0, C, BLOCK):
-            at = start + lanes
+        wide_sum = tl.zeros((SMALL,), tl.float64)
+        for start in range(0, C, SMALL):
+            at = start + tl.arange(0, SMALL)
             u, v, mask = load_pair(first, second, row, stride_first, stride_second, at, C, top)
             d = tl.where(mask, (v - u) * scale, 0.0).to(tl.float64)
             log_a = tl.where(mask, u.to(tl.float64) * s + offset, 4.0)
@@ -291,6 +292,7 @@ def finish_rows(
     shift,
     shift_low,
     BLOCK: tl.constexpr,
+    SMALL: tl.constexpr,
 ):
     """Make the two parts of a row's sums, in float64; sum it up once more if it needs more care."""
     row = tl.program_id(0).to(tl.int64)
@@ -315,6 +317,7 @@ def finish_rows(
             shift,
             offset,
             BLOCK,
+            SMALL,
         )
         tl.store(out, top)
         tl.store(out + 1, total)

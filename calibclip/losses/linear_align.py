@@ -93,8 +93,8 @@ def linear_dirichlet_align(
             more product of the reference's features.
         direction: ``"reverse"`` or ``"forward"``, as for ``dirichlet_align_loss``.
         reduction: ``"mean"`` or ``"sum"`` over the batch.
-        chunk_rows: Images at a time; ``None`` takes as many as make a million cosines on a CPU, eight
-            on an accelerator.
+        chunk_rows: Images at a time; ``None`` takes as many as make a million cosines on a CPU,
+            eight on an accelerator.
         impl: As for ``dirichlet_kl``, ``"torch_distributions"`` excepted.
 
     Returns:
