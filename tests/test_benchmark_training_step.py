@@ -29,6 +29,7 @@ def steps_and_batch(benchmark, data_module):
         samples=1,
         compiled=False,
         bf16=True,
+        quick=False,
     )
     return benchmark.build(settings, n_prompts=5)
 
@@ -59,7 +60,7 @@ def test_another_step_is_noticed_and_gets_no_time(
     steps, batch = steps_and_batch
     steps["recipe"].kept += off
     monkeypatch.setattr(benchmark, "build", lambda *_: (steps, batch))
-    settings = benchmark.Settings("", 6, 32, "cpu", 1, compiled=False, bf16=False)
+    settings = benchmark.Settings("", 6, 32, "cpu", 1, compiled=False, bf16=False, quick=False)
     with pytest.raises(SystemExit, match="No time is reported"):
         benchmark.measured(settings, 5)
     printed = capsys.readouterr().out
@@ -81,6 +82,7 @@ def small(data_module, **options):
         "device": "cpu",
         "samples": 2,
         "compiled": False,
+        "quick": False,
     } | options
 
 
