@@ -85,6 +85,27 @@ def test_hard_rows(name, few, monkeypatch):
     assert_same_divergence(found, evaluate(*pair, impl="reference"))
 
 
+FAR_APART = {
+    "down": ([[100.0, 100.5]], [[1.0, 1.2]]),
+    "down, large": ([[90.0, 90.5]], [[60.0, 60.7]]),
+    "up": ([[-80.0, -80.5]], [[20.0, 20.25]]),
+    "one class": ([[100.0]], [[1.0]]),
+}
+
+
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("name", FAR_APART)
+def test_a_common_change_of_any_size(name, few, monkeypatch):
+    """The second Dirichlet's total fits float32, and so does the shape part."""
+    pair = [torch.tensor(rows) for rows in FAR_APART[name]]
+    if not few:
+        monkeypatch.setattr(small, "_FEW", 0)
+    found, want = (evaluate(*pair, impl=impl) for impl in ("eager", "reference"))
+    judged = (0, 2, 3) if name != "up" else (0,)  # whose evidence is infinite
+    for i in judged:
+        torch.testing.assert_close(found[i], want[i].float(), rtol=1e-4, atol=1e-30)
+
+
 # The path for few numbers
 
 

@@ -11,7 +11,7 @@ from test_kernels_closed_form import HARD_PAIRS, assert_close, assert_same_diver
 from torch.func import grad, vmap
 
 from calibclip import DirichletAlignLoss, dirichlet_kl, explain_impl
-from calibclip._kernels import closed_form, compiled, dirichlet_kl_parts, dispatch
+from calibclip._kernels import closed_form, compiled, dirichlet_kl_parts, dispatch, small
 from calibclip._kernels.dispatch import IMPLEMENTATIONS, choose
 
 BOUND = 5e-6
@@ -251,6 +251,20 @@ def test_backward_operator_keeps_pytorchs_rules(dtypes, needs):
     *parts, stats = torch.ops.calibclip.dirichlet_kl(first, second, *options)
     arguments = (*map(torch.ones_like, parts), first, second, stats, *options, *needs)
     torch.library.opcheck(torch.ops.calibclip.dirichlet_kl_backward.default, arguments)
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_tracers_are_told_the_gradients_strides(few, monkeypatch):
+    """Of inputs whose rows are columns, too."""
+    if not few:
+        monkeypatch.setattr(small, "_FEW", 0)
+    pair = [x.T for x in (14 + torch.rand(5, 50), 14 + torch.rand(5, 50))]
+    weight = torch.zeros((), dtype=F64)
+    *parts, stats = torch.ops.calibclip.dirichlet_kl(*pair, 1.0, 0.0, weight, "eager")
+    ones = map(torch.ones_like, parts)
+    arguments = (*ones, *pair, stats, 1.0, 0.0, weight, "eager", True, True)
+    found = torch.ops.calibclip.dirichlet_kl_backward(*arguments)
+    assert all(grad.is_contiguous() for grad in found)
 
 
 # torch.func

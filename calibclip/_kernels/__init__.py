@@ -52,7 +52,7 @@ def dirichlet_kl_gradient(
     impl: Implementation,
     with_gradient: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the weighted KL of every row and its gradient in the first argument, at once.
+    """Return the weighted KL of every row and, if it is wanted, its gradient in the first argument.
 
     ``reverse`` puts the reference second, as in the paper. Nothing is recorded for autograd.
     """

@@ -102,13 +102,11 @@ def _sum_up(block: _Block, from_top: bool) -> tuple[_Sums, float]:
         t = d - anchor
         mean = (p * t).sum(-1, keepdim=True)
         t.sub_(mean)
-        step = torch.exp(anchor) * torch.exp(mean)
     else:
         work = p * d
         anchor = work.sum(-1, keepdim=True)
         mean = torch.zeros_like(anchor)
         t = torch.sub(d, anchor, out=work)
-        step = torch.exp(anchor)
     bound = special.largest(t)
     if bound >= special.CLOSE:
         return _sum_up_wide(block), math.inf
@@ -124,8 +122,8 @@ def _sum_up(block: _Block, from_top: bool) -> tuple[_Sums, float]:
         plain=t.sum(-1, keepdim=True),
         squares=squares,
         log_a0=x_top - p_top.log(),
-        log_b=x_top,
-        ratio=step / p_top,
+        log_b=x_top + anchor,
+        ratio=torch.exp(mean) / p_top,
     )
     return sums, bound
 
@@ -383,7 +381,7 @@ def backward(
 def _stored(gradient: Tensor | None, part: slice, values: Tensor, like: Tensor) -> Tensor:
     """Return the gradient with a block's values in it; a single block's are the gradient."""
     if len(values) == len(like):
-        return values.to(like.dtype)
+        return values.to(like.dtype).contiguous()
     if gradient is None:
         gradient = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     gradient[part] = values

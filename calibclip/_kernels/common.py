@@ -9,7 +9,7 @@ from torch import Tensor
 
 # Columns of the matrix that forward leaves for backward, to be used as each implementation likes.
 N_STATS = 12
-# The column that tells whose they are: 0 of the closed form, else the mark of another one.
+# The column that tells on a CPU whose they are: 0 of the closed form, else the mark of another one.
 WHOSE = N_STATS - 1
 # Up to gaps of this size around their mean, and this ln(b_0 / a_0) beyond it, sums over classes
 # keep their digits without a look at both sets of probabilities.

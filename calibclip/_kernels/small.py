@@ -107,9 +107,11 @@ def backward(
     grad_first = grad_second = None
     if needs[0]:
         slope = torch.addcmul(growth, p, growth0, value=-1).mul_(by_evidence)
-        grad_first = slope.addcmul_(difference, by_shape).neg_().to(first.dtype)
+        slope.addcmul_(difference, by_shape).neg_()
+        grad_first = slope.to(first.dtype).contiguous()
     if needs[1]:
         q = difference.add_(p)
         slope = torch.addcmul(growth, q, growth0, value=-1).mul_(by_evidence)
-        grad_second = slope.addcmul_(q.mul_(delta), by_shape).to(second.dtype)
+        slope.addcmul_(q.mul_(delta), by_shape)
+        grad_second = slope.to(second.dtype).contiguous()
     return grad_first, grad_second

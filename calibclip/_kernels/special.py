@@ -110,7 +110,7 @@ class Pairs:
     @property
     def large(self) -> bool:
         """Whether all arguments are so large that no Bernoulli number matters."""
-        return not self.bernoulli
+        return is_large(self.smallest, self.d.dtype)
 
     @property
     def need_shift(self) -> bool:

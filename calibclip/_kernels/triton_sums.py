@@ -22,14 +22,15 @@ from calibclip._kernels.triton_special import (
     weighted_second_order,
 )
 
-# What is known of a row, of which some makes room for what backward needs: 0 a number near the
-# largest u, 1 the sum of e^(x - its x), 2 an anchor near all gaps, 3 the mean of what they differ
-# from it by, if that was summed apart (then ln b0/a0 less the anchor), 4 growth (strength w b0),
-# 5 leading (ln a0), 6 the smallest concentration's logarithm, 7 whether the row needs more care
-# (whether the gaps are wide), 8 the evidence of all classes, and of wide rows 9 the largest v and
-# 10 the sum of e^(y - its y).
+# What is known of a row, of which some makes room for what backward needs: 0 the largest u, of the
+# first classes only unless the row needed more care, 1 the sum of e^(x - its x), 2 an anchor near
+# all gaps, 3 the mean of what they differ from it by, if that was summed apart (then ln b0/a0 less
+# the anchor), 4 growth (strength w b0), 5 leading (ln a0), 6 the smallest concentration's
+# logarithm, 7 whether the row needs more care (whether the gaps are wide), 8 the evidence of all
+# classes, and of wide rows 9 the largest v and 10 the sum of e^(y - its y).
 STATS: tl.constexpr = tl.constexpr(N_STATS)
-# Above it no Bernoulli number matters, 1/(6 a) being 2e-6, nor does a square of 1/a.
+# The limits are those of ``common``, but for POOR: here the norm of the gradient is at hand.
+# Above this one no Bernoulli number matters, 1/(6 a) being 2e-6, nor does a square of 1/a.
 LARGE: tl.constexpr = tl.constexpr(-math.log(6 * 2e-6))
 _REACH: tl.constexpr = tl.constexpr(REACH)
 _GROWTH: tl.constexpr = tl.constexpr(math.expm1(ETA))
@@ -148,7 +149,7 @@ def sum_rows(
     out = stats + row * STATS
     tl.store(out, reference.to(tl.float64))
     tl.store(out + 1, total.to(tl.float64))
-    # Whatever is not finite has reached the total.
+    # What is not finite of the first has reached the total, of the second the growth.
     tl.store(out + 2, (anchor + total * 0).to(tl.float64))
     tl.store(out + 3, tl.full((), 0.0, tl.float64))
     tl.store(out + 4, growth.to(tl.float64))
@@ -302,7 +303,7 @@ def finish_rows(
     out = stats + row * STATS
     top, total, anchor, mean = tl.load(out), tl.load(out + 1), tl.load(out + 2), tl.load(out + 3)
     growth, leading, smallest = tl.load(out + 4), tl.load(out + 5), tl.load(out + 6)
-    classes, wide = tl.load(out + 8), smallest != smallest
+    classes, wide = tl.load(out + 8), tl.load(out + 7) > 1  # no row is yet
     if tl.load(out + 7) > 0:
         top, total, anchor, mean, growth, leading, wide, classes, v_top, q_total = _sum_again(
             first,
