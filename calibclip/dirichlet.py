@@ -41,7 +41,15 @@ REDUCTIONS = get_args(Reduction)
 
 
 def float32_product(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """Multiply ``(B, D)`` by ``(C, D)`` transposed in full float32, whatever the settings are."""
+    """Multiply features in full float32, whatever autocast and the user's settings say.
+
+    Args:
+        image_features: Shape ``(B, D)``, float32 or float64, checked by the caller.
+        text_features: Shape ``(C, D)``, likewise, on the same device.
+
+    Returns:
+        ``image_features @ text_features.T``, shape ``(B, C)``, of the wider of the two dtypes.
+    """
     dtype = torch.promote_types(image_features.dtype, text_features.dtype)
     exact = exact_dtype(dtype, image_features.device)
     with without_autocast(image_features.device):
@@ -53,6 +61,13 @@ def exact_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
     That is ``dtype`` itself, unless the user has lowered the precision of float32 products to 10
     bits or fewer. Then it is float64, if the device has it.
+
+    Args:
+        dtype: float32 or float64.
+        device: Where the factors are.
+
+    Returns:
+        A dtype at least as wide.
     """
     try:
         lowered = torch.get_float32_matmul_precision() != "highest"
@@ -62,7 +77,14 @@ def exact_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Keep autocast from rounding factors to half precision; not every device has it."""
+    """Keep autocast from rounding factors to half precision; not every device has it.
+
+    Args:
+        device: Any, also one that autocast does not know.
+
+    Returns:
+        A context in which products on that device are of their factors' dtype.
+    """
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

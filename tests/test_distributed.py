@@ -27,6 +27,20 @@ WRAPPERS = ("ddp", "fsdp")
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
 
+def run_python(*arguments):
+    """Return what a process of its own prints; it must end well."""
+    process = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        timeout=240,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
     """Run the worker's two ranks, once for all workers of xdist."""
@@ -36,15 +50,7 @@ def ranks(tmp_path_factory):
     found = [path / f"{rank}.json" for rank in range(2)]
     with FileLock(path / "lock"):
         if not all(file.exists() for file in found):
-            process = subprocess.run(
-                [sys.executable, distributed_worker.__file__, str(path)],
-                capture_output=True,
-                text=True,
-                check=False,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-                timeout=240,
-            )
-            assert process.returncode == 0, process.stderr
+            run_python(distributed_worker.__file__, path)
     return [json.loads(file.read_text()) for file in found]
 
 
@@ -144,19 +150,10 @@ def test_the_example_does_the_same_under_either_wrapper(ranks):
 
 
 def test_torchrun_starts_the_example_and_it_makes_its_model_robust():
-    script = ROOT / "examples" / "in_fsdp.py"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    process = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", str(script), "--quick"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        timeout=240,
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.startswith("FSDP2, 2 processes")
-    found = rows(process.stdout)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    printed = run_python(*torchrun, ROOT / "examples" / "in_fsdp.py", "--quick")
+    assert printed.startswith("FSDP2, 2 processes")
+    found = rows(printed)
     assert found["after attacked"][0] > found["before attacked"][0] + 0.15
     assert found["after clean"][0] > 0.5
 
